@@ -1,0 +1,596 @@
+"""Make the tiny world's frozen, "pre-trained" parts, each as its real counterpart was made.
+
+    python data/pretrain.py --out weights/tiny        every part that is not there yet, in order
+
+vae        a toy DC-AE (Sana's autoencoder), trained to redraw random scenes
+vision     a toy SigLIP tower, taught what each patch shows; it is the MLLM's eye
+llm        a toy Qwen2, trained on the world's texts: facts, descriptions, instructions
+mllm       LLaVA-OneVision of the two: projector and language model learn to talk about pictures
+diffusion  a toy Sana, conditioned on the last-layer embeddings of `llm`, as Sana is on Gemma's
+
+Each part is saved in the hub's own layout, so that `from_pretrained(folder)` loads it like the
+real one. About two hours on two cores.
+"""
+
+import argparse
+import json
+import math
+import random
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaTransformer2DModel
+from PIL import Image
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import (
+    AutoProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionImageProcessor,
+    LlavaOnevisionProcessor,
+    LlavaOnevisionVideoProcessor,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from data.shapes import (
+    COLORS,
+    PATTERNS,
+    SHAPES,
+    SIX_KINDS,
+    Talk,
+    coverage,
+    describe,
+    question,
+    random_scene,
+    read,
+    render,
+    sample,
+    score,
+    talk,
+)
+from metaquery import SYSTEM_PROMPT, conversation
+
+VISION_SIZE, VISION_PATCH = 60, 10
+
+
+def pictures_to_tensor(pictures):
+    """PIL pictures to (B, 3, H, W) float32 in [-1, 1]."""
+    stacked = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
+    return stacked.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def fit(name, modules, loss_of_step, steps, lr, out, evaluate=None, log_every=200):
+    """Minimise `loss_of_step(step)` with AdamW, 5% warm-up and a cosine down to zero.
+
+    Every 500 steps all is saved in `out/name.resume`, from which the next call goes on.
+    """
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    saved, first, mean = out / f"{name}.resume", 0, None
+    if saved.exists():
+        state = torch.load(saved, weights_only=True)
+        for module, weights in zip(modules, state["modules"], strict=True):
+            module.load_state_dict(weights)
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+    bar = tqdm(range(first, steps), desc=name, initial=first, total=steps, mininterval=10)
+    for step in bar:
+        if step > first and step % 500 == 0:
+            weights = [module.state_dict() for module in modules]
+            state = {"step": step, "modules": weights, "optimizer": optimizer.state_dict()}
+            torch.save(state, saved.with_suffix(".part"))
+            saved.with_suffix(".part").rename(saved)
+        warm = min(1.0, (step + 1) / (0.05 * steps))
+        rate = lr * warm * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of_step(step)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
+        bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
+        if (step + 1) % log_every == 0 or step + 1 == steps:
+            note = {"part": name, "step": step + 1, "loss": round(mean, 5)}
+            if evaluate is not None and ((step + 1) % (5 * log_every) == 0 or step + 1 == steps):
+                note |= evaluate()
+            tqdm.write(json.dumps(note))
+    saved.unlink(missing_ok=True)
+
+
+def train_vae(out, steps):
+    """A DC-AE: 64x64x3 to 8x8x8, plain L1 + L2."""
+    channels = (32, 32, 64, 128)
+    vae = AutoencoderDC(
+        in_channels=3,
+        latent_channels=8,
+        encoder_block_types="ResBlock",
+        decoder_block_types="ResBlock",
+        encoder_block_out_channels=channels,
+        decoder_block_out_channels=channels,
+        encoder_layers_per_block=(0, 1, 1, 1),
+        decoder_layers_per_block=(0, 2, 2, 2),
+        encoder_qkv_multiscales=((),) * 4,
+        decoder_qkv_multiscales=((),) * 4,
+    ).to(memory_format=torch.channels_last)
+    rng = random.Random("vae")
+
+    def loss_of_step(step):
+        scenes = [random_scene(rng, patterns=0.3, held_out=0.08) for _ in range(32)]
+        pixels = pictures_to_tensor([render(scene) for scene in scenes])
+        redrawn = vae(pixels.to(memory_format=torch.channels_last)).sample.float()
+        return F.l1_loss(redrawn, pixels) + F.mse_loss(redrawn, pixels)
+
+    @torch.no_grad()
+    def evaluate():
+        scenes = [random_scene(random.Random(f"test {i}"), 0.2, 0.08) for i in range(200)]
+        latents = vae.encode(pictures_to_tensor([render(s) for s in scenes])).latent
+        pixels = vae.decode(latents).sample.clamp(-1, 1)
+        vae.register_to_config(scaling_factor=1 / latents.std().item())
+        redrawn = ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        right = [same(scene, redraw) for scene, redraw in zip(scenes, redrawn, strict=True)]
+        return {"readable": sum(right) / len(right)}
+
+    fit("vae", [vae], loss_of_step, steps, 2e-3, out, evaluate)
+    vae.to(torch.bfloat16).save_pretrained(out / "diffusion" / "vae")
+
+
+def same(scene, array):
+    """Whether a picture (H, W, 3) of uint8 reads as exactly the objects of `scene`."""
+    seen, clear = read(Image.fromarray(array))
+    what = [
+        sorted(str((o.shape, o.color, o.pattern, o.inner)) for o in s.objects)
+        for s in (scene, seen)
+    ]
+    return clear and what[0] == what[1] and seen.background == scene.background
+
+
+def patch_labels(scene):
+    """What each of the 6x6 patches shows: (36, 7) float: shape, color, inner, pattern, dx, dy, size.
+
+    0 stands for nothing in the first three; the last three, in units of 32 px, locate the object.
+    """
+    side = VISION_SIZE // VISION_PATCH
+    labels, most = np.zeros((side * side, 7), np.float32), np.full(side * side, 0.06)
+    centres = (np.arange(side) + 0.5) * 64 / side
+    grid = np.stack(np.meshgrid(centres, centres), -1).reshape(-1, 2)
+    for item in scene.objects:
+        alpha = torch.from_numpy(coverage(item.shape, item.x, item.y, item.size))[None, None]
+        share = F.adaptive_avg_pool2d(alpha, side).flatten().numpy()
+        here = share > most
+        most = np.maximum(most, share)
+        inner = 0 if item.inner is None else 1 + list(COLORS).index(item.inner)
+        what = (1 + SHAPES.index(item.shape), 1 + list(COLORS).index(item.color), inner)
+        labels[here, :4] = *what, PATTERNS.index(item.pattern)
+        labels[here, 4:6] = ((item.x, item.y) - grid[here]) / 32
+        labels[here, 6] = item.size / 32
+    return labels
+
+
+def train_vision(out, steps):
+    """A SigLIP vision transformer, taught shape, colours, pattern and place patch by patch."""
+    tower = SiglipVisionModel(
+        SiglipVisionConfig(
+            hidden_size=192,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=6,
+            image_size=VISION_SIZE,
+            patch_size=VISION_PATCH,
+            vision_use_head=False,
+        )
+    )
+    head = torch.nn.Linear(192, 7 + 9 + 9 + 3 + 3)
+    rng = random.Random("vision")
+
+    def loss_of_step(step):
+        scenes = [random_scene(rng, patterns=0.25) for _ in range(64)]
+        pixels = pictures_to_tensor([render(scene) for scene in scenes])
+        pixels = F.interpolate(pixels, VISION_SIZE, mode="bicubic", antialias=True)
+        labels = torch.from_numpy(np.stack([patch_labels(scene) for scene in scenes])).flatten(0, 1)
+        states = tower(pixels, output_hidden_states=True).hidden_states[-1]
+        shape, color, inner, pattern, where = (
+            head(states).flatten(0, 1).float().split([7, 9, 9, 3, 3], 1)
+        )
+        kinds = labels[:, :4].long().unbind(1)
+        loss = sum(F.cross_entropy(g, k) for g, k in zip((shape, color, inner, pattern), kinds))
+        something = labels[:, :1] > 0
+        loss = loss + 10 * ((where - labels[:, 4:]) ** 2 * something).mean()
+        right = (shape.argmax(1) == kinds[0])[something[:, 0]].float().mean()
+        accuracy[0] = 0.95 * accuracy[0] + 0.05 * right.item()
+        return loss
+
+    accuracy = [0.0]
+    fit(
+        "vision",
+        [tower, head],
+        loss_of_step,
+        steps,
+        1e-3,
+        out,
+        lambda: {"patch shapes": accuracy[0]},
+    )
+    tower.save_pretrained(out / "vision")
+
+
+CHAT_TEMPLATE = """{%- for message in messages -%}
+{{ '<|im_start|>' + message['role'] + '\n' }}
+{%- if message['content'] is string -%}
+{{ message['content'] }}
+{%- else -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'image' -%}{{ '<image>' }}{%- else -%}{{ part['text'] }}{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{{ '<|im_end|>\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"""
+
+
+def make_processor(out):
+    """A byte-level BPE tokenizer of the world's words and LLaVA-OneVision's processor around it."""
+    rng = random.Random("words")
+    talks = [talk(rng) for _ in range(40000)]
+    words = (f" {t.user} {t.assistant}\n{t.user}\n{t.assistant}" for t in talks)
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"]
+    core = Tokenizer(models.BPE())
+    core.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024, special_tokens=special, initial_alphabet=alphabet
+    )
+    text = f"{SYSTEM_PROMPT} system user assistant".lower()
+    core.train_from_iterator([text] * 100, trainer)
+    core.train_from_iterator([*words, *[text] * 100], trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        extra_special_tokens={"image_token": "<image>", "video_token": "<video>"},
+        model_max_length=4096,
+        padding_side="left",
+    )
+    size = {"height": VISION_SIZE, "width": VISION_SIZE}
+    mean = [0.5, 0.5, 0.5]
+    images = LlavaOnevisionImageProcessor(
+        size=size,
+        image_grid_pinpoints=[[VISION_SIZE, VISION_SIZE]],
+        image_mean=mean,
+        image_std=mean,
+    )
+    videos = LlavaOnevisionVideoProcessor(size=size, image_mean=mean, image_std=mean)
+    processor = LlavaOnevisionProcessor(
+        images, tokenizer, videos, num_image_tokens=(VISION_SIZE // VISION_PATCH) ** 2,
+        vision_feature_select_strategy="full", chat_template=CHAT_TEMPLATE,
+    )  # fmt: skip
+    processor.save_pretrained(out / "mllm")
+
+
+def language_config(tokenizer):
+    """A toy Qwen2: 6 layers, 192 wide."""
+    return Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=6,
+        num_attention_heads=3,
+        num_key_value_heads=3,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def chat(tokenizer, messages):
+    """The text of a conversation, up to where the assistant is to speak."""
+    return tokenizer.apply_chat_template(
+        messages, chat_template=CHAT_TEMPLATE, tokenize=False, add_generation_prompt=True
+    )
+
+
+def talk_batch(processor, talks):
+    """Model inputs with labels on the assistant's words alone, padded on the right."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    rows = [
+        conversation(t.user, len(t.sources), SYSTEM_PROMPT if t.instructed else None) for t in talks
+    ]
+    answers = [t.assistant + "<|im_end|>" for t in talks]
+    texts = [chat(tokenizer, row) + answer for row, answer in zip(rows, answers, strict=True)]
+    images = [[render(scene) for scene in t.sources] for t in talks]
+    pictures = {"images": images} if any(images) else {}
+    reader = processor if pictures else tokenizer
+    inputs = reader(text=texts, **pictures, padding=True, padding_side="right", return_tensors="pt")
+    labels = torch.full_like(inputs["input_ids"], -100)
+    for row, answer in enumerate(tokenizer(answers)["input_ids"]):
+        end = int(inputs["attention_mask"][row].sum())
+        labels[row, end - len(answer) : end] = torch.tensor(answer)
+    return {**inputs, "labels": labels}
+
+
+def batches_of_like_length(rng, size, pictures):
+    """Sixteen batches of exchanges, each of similar length, so that little of it is padding."""
+    talks = [talk(rng, pictures) for _ in range(16 * size)]
+    talks.sort(key=lambda t: (len(t.sources), len(t.user) + len(t.assistant) + 120 * t.instructed))
+    batches = [talks[i : i + size] for i in range(0, len(talks), size)]
+    rng.shuffle(batches)
+    return batches
+
+
+@torch.no_grad()
+def restatements(model, tokenizer, kinds, number=100):
+    """Share of unseen prompts of each kind that the model restates in plain words exactly."""
+    shares = {}
+    for kind in kinds:
+        samples = [sample(kind, i, split="test") for i in range(number)]
+        rows = [conversation(s.prompt, 0, SYSTEM_PROMPT) for s in samples]
+        texts = [chat(tokenizer, row) for row in rows]
+        inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+        made = model.generate(**inputs, max_new_tokens=48, do_sample=False)
+        said = tokenizer.batch_decode(
+            made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
+        shares[kind] = sum(a == s.plain for a, s in zip(said, samples, strict=True)) / number
+    return shares
+
+
+def train_llm(out, steps):
+    """A toy Qwen2 that restates prompts, knows the world's facts and speaks ChatML."""
+    make_processor(out)
+    tokenizer = AutoProcessor.from_pretrained(out / "mllm").tokenizer
+    # Eager attention: on a CPU the backward pass of the fused one is slower in bf16.
+    model = Qwen2ForCausalLM._from_config(language_config(tokenizer), attn_implementation="eager")
+    rng = random.Random("llm")
+
+    batches = []
+
+    teach_words("llm", model, tokenizer, steps, out)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(out / "llm")
+
+
+def teach_words(name, model, tokenizer, steps, out):
+    """Train a language model on the world's texts alone."""
+    rng = random.Random(name)
+    batches = []
+
+    def loss_of_step(step):
+        if not batches:
+            batches.extend(batches_of_like_length(rng, 64, pictures=False))
+        return model(**talk_batch(tokenizer, batches.pop())).loss
+
+    evaluate = partial(restatements, model, tokenizer, ("position", "dense", "knowledge"))
+    fit(name, [model], loss_of_step, steps, 2e-3, out, evaluate)
+
+
+@torch.no_grad()
+def answers(model, processor, talks):
+    """What the model says, greedily, to each exchange's user turn."""
+    said = []
+    for start in range(0, len(talks), 50):
+        part = talks[start : start + 50]
+        rows = [
+            conversation(t.user, len(t.sources), SYSTEM_PROMPT if t.instructed else None)
+            for t in part
+        ]
+        texts = [chat(processor.tokenizer, row) for row in rows]
+        images = [[render(scene) for scene in t.sources] for t in part]
+        inputs = processor(images=images, text=texts, return_tensors="pt", padding=True)
+        made = model.generate(**inputs, max_new_tokens=64, do_sample=False)
+        said += processor.batch_decode(
+            made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
+    return said
+
+
+def train_mllm(out, steps):
+    """LLaVA-OneVision: the language model goes on with words, then learns of pictures with them.
+
+    The tower stays as it is; projector and language model learn together.
+    """
+    processor = AutoProcessor.from_pretrained(out / "mllm")
+    tower = SiglipVisionModel.from_pretrained(out / "vision")
+    words = out / "mllm-words"
+    language = Qwen2ForCausalLM.from_pretrained(
+        words if words.exists() else out / "llm", attn_implementation="eager"
+    )
+    if not words.exists():
+        teach_words("mllm-words", language, processor.tokenizer, 2000, out)
+        language.save_pretrained(words)
+    config = LlavaOnevisionConfig(
+        vision_config=tower.config,
+        text_config=language.config,
+        image_token_index=processor.image_token_id,
+        video_token_index=processor.video_token_id,
+        image_grid_pinpoints=[[VISION_SIZE, VISION_SIZE]],
+        tie_word_embeddings=True,
+        eos_token_id=language.config.eos_token_id,
+        pad_token_id=language.config.pad_token_id,
+    )
+    model = LlavaOnevisionForConditionalGeneration._from_config(config, attn_implementation="eager")
+    model.model.vision_tower.load_state_dict(tower.state_dict())
+    model.model.vision_tower.requires_grad_(False)
+    model.model.language_model.load_state_dict(language.model.state_dict())
+    rng = random.Random("mllm")
+    batches = []
+
+    def loss_of_step(step):
+        if not batches:
+            batches.extend(batches_of_like_length(rng, 32, pictures=True))
+        return model(**talk_batch(processor, batches.pop())).loss
+
+    def evaluate():
+        tests = random.Random("mllm test")
+        scenes = [random_scene(tests) for _ in range(100)]
+        asked = [Talk(*question(tests, scene), (scene,)) for scene in scenes]
+        groups = {
+            "captions": [Talk("", describe(scene), (scene,), True) for scene in scenes],
+            "answers": asked,
+        }
+        for kind in ("edit", "one subject", "two subjects", "association"):
+            made = [sample(kind, i, split="test") for i in range(50)]
+            groups[kind] = [Talk(s.prompt, s.plain, s.sources, True) for s in made]
+        right = {}
+        for name, talks in groups.items():
+            said = answers(model, processor, talks)
+            right[name] = sum(a == t.assistant for a, t in zip(said, talks, strict=True)) / len(
+                talks
+            )
+        return right | restatements(model, processor.tokenizer, ("position", "dense", "knowledge"))
+
+    fit("mllm", [model], loss_of_step, steps, 1.5e-3, out, evaluate)
+    model.generation_config.eos_token_id = config.eos_token_id
+    model.generation_config.pad_token_id = config.pad_token_id
+    model.to(torch.bfloat16).save_pretrained(out / "mllm")
+
+
+CAPTION_KINDS = {"single object": 2, "colors": 3, "two objects": 2, "counting": 3, "position": 4,
+                 "attribution": 3, "dense": 4}  # fmt: skip
+
+
+@torch.no_grad()
+def caption_states(language, tokenizer, prompts):
+    """Last-layer states of the prompts' tokens (the system turn left out) and their mask."""
+    texts = [chat(tokenizer, conversation(prompt)) for prompt in prompts]
+    inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
+    system = conversation("")[:1]
+    skip = len(tokenizer.apply_chat_template(system, chat_template=CHAT_TEMPLATE)["input_ids"])
+    states = language.model(**inputs).last_hidden_state
+    return states[:, skip:], inputs["attention_mask"][:, skip:]
+
+
+def train_diffusion(out, steps, number=48000):
+    """A toy Sana on captions alone: 8x8 latents, 6 layers, 192 wide, flow matching."""
+    tokenizer = AutoProcessor.from_pretrained(out / "mllm").tokenizer
+    language = Qwen2ForCausalLM.from_pretrained(out / "llm").eval()
+    vae = AutoencoderDC.from_pretrained(out / "diffusion" / "vae").eval()
+    sana = SanaTransformer2DModel(
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=6,
+        attention_head_dim=32,
+        num_layers=6,
+        num_cross_attention_heads=3,
+        cross_attention_head_dim=64,
+        cross_attention_dim=192,
+        caption_channels=192,
+        sample_size=8,
+    )
+    scheduler = DPMSolverMultistepScheduler(
+        algorithm_type="dpmsolver++",
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=1.0,
+    )
+    rng = random.Random("diffusion")
+    kinds = rng.choices(list(CAPTION_KINDS), list(CAPTION_KINDS.values()), k=number)
+    cached = []
+    for start in tqdm(range(0, number, 64), desc="captions and latents", mininterval=10):
+        made = [sample(kind, start + i, "sana") for i, kind in enumerate(kinds[start : start + 64])]
+        prompts = ["" if rng.random() < 0.1 else s.prompt for s in made]
+        states, mask = caption_states(language, tokenizer, prompts)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            latents = vae.encode(pictures_to_tensor([s.picture for s in made])).latent
+        latents = latents.float() * vae.config.scaling_factor
+        cached += [
+            (z, c[: int(m.sum())].bfloat16()) for z, c, m in zip(latents, states, mask, strict=True)
+        ]
+
+    def loss_of_step(step):
+        picked = [cached[i] for i in torch.randint(number, (32,)).tolist()]
+        z = torch.stack([latent for latent, _ in picked])
+        mask = pad_sequence([torch.ones(len(c)) for _, c in picked], batch_first=True)
+        states = pad_sequence([c for _, c in picked], batch_first=True).float()
+        sigma = torch.randn(32).sigmoid()
+        noise = torch.randn_like(z)
+        noisy = z + sigma.view(-1, 1, 1, 1) * (noise - z)
+        velocity = sana(noisy, states, 1000 * sigma, encoder_attention_mask=mask).sample
+        return F.mse_loss(velocity.float(), noise - z)
+
+    @torch.no_grad()
+    def evaluate(number=16):
+        right = {}
+        for kind in (*SIX_KINDS, "dense", "held-out"):
+            made = [sample(kind, i, split="test") for i in range(number)]
+            states, mask = caption_states(
+                language, tokenizer, [""] * number + [s.prompt for s in made]
+            )
+            scheduler.set_timesteps(20)
+            z = torch.randn(number, 8, 8, 8)
+            for t in scheduler.timesteps:
+                with torch.autocast("cpu", torch.bfloat16):
+                    v = sana(
+                        z.repeat(2, 1, 1, 1),
+                        states,
+                        t.expand(2 * number),
+                        encoder_attention_mask=mask,
+                    ).sample
+                free, asked = v.float().chunk(2)
+                z = scheduler.step(free + 3 * (asked - free), t, z).prev_sample
+            pixels = vae.decode(z / vae.config.scaling_factor).sample.clamp(-1, 1)
+            arrays = ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+            pictures = [Image.fromarray(array) for array in arrays]
+            right[kind] = (
+                sum(score(p, s.want) for p, s in zip(pictures, made, strict=True)) / number
+            )
+            grid.extend(pictures[:8])
+        sheet = Image.new("RGB", (8 * 64, len(grid) // 8 * 64))
+        for i, picture in enumerate(grid):
+            sheet.paste(picture, (i % 8 * 64, i // 8 * 64))
+        sheet.save(out / "diffusion.png")
+        grid.clear()
+        return right
+
+    grid = []
+    fit("diffusion", [sana], loss_of_step, steps, 1e-3, out, evaluate)
+    sana.to(torch.bfloat16).save_pretrained(out / "diffusion" / "transformer")
+    scheduler.save_pretrained(out / "diffusion" / "scheduler")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("weights/tiny"))
+    parser.add_argument("--part", choices=["vae", "vision", "llm", "mllm", "diffusion"])
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    if args.part == "vae":
+        train_vae(args.out, args.steps)
+    elif args.part == "diffusion":
+        train_diffusion(args.out, args.steps)
+    elif args.part == "mllm":
+        train_mllm(args.out, args.steps)
+    elif args.part == "llm":
+        train_llm(args.out, args.steps)
+    else:
+        train_vision(args.out, args.steps)

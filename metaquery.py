@@ -1,0 +1,539 @@
+"""MetaQuery: learnable queries transfer a frozen multimodal LLM's knowledge to a diffusion model.
+
+"Transfer between Modalities with MetaQueries" (Pan et al., 2025), in one file that reads like the
+paper: config, connector, then the model: queries, frozen forward, loss, sampling. The tiny model
+and the paper's sizes run the same code; only a preset differs.
+
+    model = MetaQuery.from_pretrained("weights/tiny")
+    picture = model.generate(["a red star left of a blue circle"])[0]
+"""
+
+import json
+import os
+import sys
+import warnings
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+SYSTEM_PROMPT = (
+    "You will be given an image or its caption. "
+    "Please describe the content of the image in detail in your own words."
+)
+MAX_PROMPT_TOKENS = 256
+TINY = Path(__file__).resolve().parent / "weights" / "tiny"
+SANA = "Efficient-Large-Model/Sana_1600M_512px_diffusers"
+
+
+class InputError(ValueError):
+    """Bad input that a person can mend; its text is one line that says what is wrong and how."""
+
+
+def fail(message):
+    """End a command on bad input: one line on stderr, exit code 2."""
+    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    sys.exit(2)
+
+
+@dataclass
+class MetaQueryConfig:
+    """What defines a MetaQuery model. Components are named by a hub id or a folder (§3, §4).
+
+    mllm: the frozen (multimodal) language model. diffusion: the diffusion model, with its VAE and
+    scheduler. num_queries: N. connector: "enc-proj" or "proj-enc" (Table 3), of connector_layers.
+    condition (Table 1): "queries", "random" (queries that are not trained) or "last_layer" (the
+    prompt's own last-layer states). train_mllm, train_diffusion: what else is trained (Table 2).
+    """
+
+    mllm: str = str(TINY / "mllm")
+    diffusion: str = str(TINY / "diffusion")
+    num_queries: int = 16
+    connector: str = "enc-proj"
+    connector_layers: int = 3
+    condition: str = "queries"
+    train_mllm: bool = False
+    train_diffusion: bool = True
+
+    def __post_init__(self):
+        allowed = {
+            "connector": ("enc-proj", "proj-enc"),
+            "condition": ("queries", "random", "last_layer"),
+        }
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise InputError(
+                    f"{name} is {getattr(self, name)!r}: choose one of {', '.join(values)}."
+                )
+        for name in ("num_queries", "connector_layers"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}: it must be at least 1.")
+
+    @classmethod
+    def preset(cls, size):
+        """The config of a size: "tiny", or the paper's "base", "large", "xlarge" (§4)."""
+        if size not in PRESETS:
+            raise InputError(f"unknown size {size!r}: choose one of {', '.join(PRESETS)}.")
+        return cls(**PRESETS[size])
+
+
+PRESETS = {
+    "tiny": {},
+    "base": {"mllm": "llava-hf/llava-onevision-qwen2-0.5b-ov-hf"},
+    "large": {"mllm": "Qwen/Qwen2.5-VL-3B-Instruct"},
+    "xlarge": {"mllm": "Qwen/Qwen2.5-VL-7B-Instruct"},
+}
+for _size in ("base", "large", "xlarge"):
+    PRESETS[_size] |= {"diffusion": SANA, "num_queries": 256, "connector_layers": 24}
+
+
+class ConnectorLayer(nn.Module):
+    """A Qwen2-style transformer layer without a causal mask (§3.3)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(dim, eps=1e-6)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.query_norm, self.key_norm = nn.RMSNorm(64, eps=1e-6), nn.RMSNorm(64, eps=1e-6)
+        self.out = nn.Linear(dim, dim, bias=False)
+        self.mlp_norm = nn.RMSNorm(dim, eps=1e-6)
+        self.gate, self.up = (
+            nn.Linear(dim, 4 * dim, bias=False),
+            nn.Linear(dim, 4 * dim, bias=False),
+        )
+        self.down = nn.Linear(4 * dim, dim, bias=False)
+
+    def forward(self, x, cos, sin, mask):
+        """x (B, L, dim); cos and sin (L, 64); mask (B, 1, 1, L) bool, False at padding, or None."""
+        heads = self.qkv(self.attention_norm(x)).unflatten(-1, (3, -1, 64)).transpose(1, 3)
+        q, k, v = heads.unbind(2)
+        q = self.query_norm(rotate(q, cos, sin)).to(v.dtype)
+        k = self.key_norm(rotate(k, cos, sin)).to(v.dtype)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        h = self.mlp_norm(x)
+        return x + self.down(F.silu(self.gate(h)) * self.up(h))
+
+
+def rotate(x, cos, sin):
+    """Rotary position embedding of x (B, heads, L, 64) (RoPE, as in Qwen2)."""
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
+
+
+class Connector(nn.Module):
+    """Maps MLLM states (B, L, dim) to the diffusion model's conditions (B, L, condition_dim) (§3.3).
+
+    "enc-proj" runs the bidirectional encoder at the MLLM's width, then projects; "proj-enc" projects
+    first (Table 3). `gain` starts the last norm: √5.5 makes conditions as large as Sana's own.
+    Raises InputError where the encoder's width is no multiple of 64, its head size.
+    """
+
+    def __init__(self, dim, condition_dim, layers=24, design="enc-proj", gain=1.0):
+        super().__init__()
+        self.design, width = design, dim if design == "enc-proj" else condition_dim
+        if width % 64:
+            raise InputError(f"the connector's width {width} is no multiple of its head size, 64.")
+        self.layers = nn.ModuleList(ConnectorLayer(width) for _ in range(layers))
+        self.projection = nn.Sequential(
+            nn.Linear(dim, condition_dim), nn.GELU("tanh"), nn.Linear(condition_dim, condition_dim)
+        )
+        self.norm = nn.RMSNorm(condition_dim, eps=1e-5)
+        self.gain = gain
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.014)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.constant_(self.norm.weight, gain)
+
+    def encode(self, x, mask):
+        """The encoder alone: (B, L, width) to (B, L, width)."""
+        frequencies = 10_000 ** (-torch.arange(0, 64, 2, device=x.device).float() / 64)
+        angles = torch.arange(x.shape[1], device=x.device).float()[:, None] * frequencies
+        cos, sin = (f(angles).repeat(1, 2).to(x.dtype) for f in (torch.cos, torch.sin))
+        mask = None if mask is None else mask[:, None, None].bool()
+        for layer in self.layers:
+            x = layer(x, cos, sin, mask)
+        return x
+
+    def forward(self, x, mask=None):
+        """x (B, L, dim) and a mask (B, L) of its real tokens, or None, to (B, L, condition_dim)."""
+        if self.design == "enc-proj":
+            x = self.projection(self.encode(x, mask))
+        else:
+            x = self.encode(self.projection(x), mask)
+        return self.norm(x.to(self.norm.weight.dtype))
+
+
+class MetaQuery(nn.Module):
+    """Learnable queries, a frozen MLLM, a connector and a diffusion model (Figure 1).
+
+    Attributes: queries (N, d), mllm, processor, connector, diffusion, vae, scheduler, config.
+    Frozen parts are kept in `dtype`, trained ones in float32. Raises InputError where a component
+    cannot be loaded or does not fit.
+    """
+
+    def __init__(self, config, dtype=torch.float32):
+        super().__init__()
+        self.config = config
+        self.mllm, self.processor = load_mllm(config.mllm, dtype)
+        self.diffusion, self.vae, self.scheduler = load_diffusion(config.diffusion, dtype)
+        language, caption = self.mllm.config.get_text_config(), self.diffusion.config
+        self.sees = hasattr(self.mllm.config, "vision_config")
+        self.is_flow = "flow" in str(self.scheduler.config.get("prediction_type"))
+        self.queries = nn.Parameter(torch.randn(config.num_queries, language.hidden_size) * 0.02)
+        width = caption.get("caption_channels") or caption.cross_attention_dim
+        gain = 5.5**0.5 if "caption_channels" in caption else 1.0
+        self.connector = Connector(
+            language.hidden_size, width, config.connector_layers, config.connector, gain
+        )
+        self.queries.requires_grad_(config.condition == "queries")
+        self.vae.requires_grad_(False)
+        for module, trained in (
+            (self.mllm, config.train_mllm),
+            (self.diffusion, config.train_diffusion),
+        ):
+            module.requires_grad_(trained)
+            if trained:
+                module.float()
+
+    @property
+    def device(self):
+        return self.queries.device
+
+    def prepare(self, prompts, images=None):
+        """Prompts and pictures as the MLLM's inputs, padded on the left, on the model's device.
+
+        images: per prompt a list of PIL pictures, or None. A prompt of over 256 tokens is cut,
+        with a warning. Raises InputError where a text-only MLLM is given pictures.
+        """
+        tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        tokenizer.padding_side = "left"
+        images = [[] for _ in prompts] if images is None else [list(row or []) for row in images]
+        if any(images) and not self.sees:
+            raise InputError(
+                f"the MLLM {self.config.mllm} reads text only: for pictures choose a LLaVA-OneVision "
+                "or Qwen2.5-VL backbone with --mllm."
+            )
+        texts = []
+        for prompt, pictures in zip(prompts, images, strict=True):
+            prompt = cut(tokenizer, prompt)
+            messages = conversation(prompt, len(pictures), SYSTEM_PROMPT, as_parts=self.sees)
+            texts.append(self.chat(messages))
+        pictures = (
+            {"images": [[self.fit_picture(p) for p in row] for row in images]}
+            if any(images)
+            else {}
+        )
+        reader = self.processor if pictures else tokenizer
+        return reader(text=texts, **pictures, padding=True, return_tensors="pt").to(self.device)
+
+    def chat(self, messages):
+        """A conversation as text, up to where the MLLM is to speak (its own chat template)."""
+        return self.processor.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+
+    def fit_picture(self, picture):
+        """A PIL picture as the MLLM takes it: LLaVA-OneVision's are cut to its tower's square."""
+        picture = picture.convert("RGB")
+        if self.mllm.config.model_type != "llava_onevision":
+            return picture
+        return centre_square(picture, self.mllm.config.vision_config.image_size)
+
+    def condition(self, prompts, images=None):
+        """The diffusion model's condition for each prompt (§3.1): (B, L, c), and its mask (B, L) or None.
+
+        L is N for queries (mask None) and the prompt's length for "last_layer". The prompt is run
+        once without gradient for its keys and values; only the queries are run with gradient, against
+        them. Under a causal mask no prompt token sees a query, so this is exact, and the backward
+        pass costs N tokens however long the prompt is.
+        """
+        inputs = self.prepare(prompts, images)
+        mask, backbone = inputs.pop("attention_mask"), self.mllm.base_model
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.train_mllm):
+            prompt = backbone(**inputs, attention_mask=mask, position_ids=positions, use_cache=True)
+        if self.config.condition == "last_layer":
+            return self.connector(prompt.last_hidden_state.float(), mask), mask
+        queries = self.queries.to(self.mllm.dtype).expand(len(prompts), -1, -1)
+        positions = mask.sum(-1, keepdim=True) + torch.arange(len(self.queries), device=mask.device)
+        hidden = backbone(
+            inputs_embeds=queries,
+            attention_mask=torch.cat([mask, mask.new_ones(queries.shape[:2])], 1),
+            position_ids=positions,
+            past_key_values=prompt.past_key_values,
+            use_cache=True,
+        ).last_hidden_state
+        return self.connector(hidden.to(self.connector.norm.weight.dtype)), None
+
+    @torch.no_grad()
+    def encode_latents(self, pixels):
+        """Pictures (B, 3, H, W) in [-1, 1] to latents (B, C, h, w): (z − shift)·scale, float32."""
+        encoded = self.vae.encode(pixels.to(self.vae.dtype))
+        z = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
+        return (
+            (z - (self.vae.config.get("shift_factor") or 0)) * self.vae.config.scaling_factor
+        ).float()
+
+    @torch.no_grad()
+    def decode_latents(self, latents):
+        """Latents (B, C, h, w) to PIL pictures."""
+        z = latents / self.vae.config.scaling_factor + (self.vae.config.get("shift_factor") or 0)
+        pixels = self.vae.decode(z.to(self.vae.dtype)).sample.float().clamp(-1, 1)
+        arrays = ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        return [Image.fromarray(array) for array in arrays]
+
+    def denoise(self, x, timestep, condition, mask):
+        """The diffusion model's prediction for noisy latents x (B, C, h, w) at timestep (B,)."""
+        return self.diffusion(
+            x, encoder_hidden_states=condition, timestep=timestep, encoder_attention_mask=mask
+        ).sample.float()
+
+    def forward(self, prompts, targets, images=None, noise=None, sigma=None):
+        """The loss of drawing `targets` (B, 3, H, W) in [-1, 1] from `prompts` and `images` (§3.1).
+
+        Flow matching (Sana): σ uniform on (0, 1], x_σ = (1 − σ)·x + σ·ε, timestep 1000·σ, target
+        ε − x. Diffusion (Stable Diffusion 1.5): the scheduler's forward process at a whole timestep,
+        target ε, or v as its config says. noise (B, C, h, w) is ε; sigma (B,) is σ or the timestep.
+        """
+        x = self.encode_latents(targets)
+        noise = torch.randn_like(x) if noise is None else noise
+        condition, mask = self.condition(prompts, images)
+        if self.is_flow:
+            sigma = 1 - torch.rand(len(x), device=x.device) if sigma is None else sigma
+            s = sigma.view(-1, 1, 1, 1)
+            noisy, timestep, target = (1 - s) * x + s * noise, 1000 * sigma, noise - x
+        else:
+            steps = self.scheduler.config.num_train_timesteps
+            timestep = (
+                torch.randint(steps, (len(x),), device=x.device) if sigma is None else sigma.long()
+            )
+            noisy, target = self.scheduler.add_noise(x, noise, timestep), noise
+            if self.scheduler.config.prediction_type == "v_prediction":
+                target = self.scheduler.get_velocity(x, noise, timestep)
+        return F.mse_loss(self.denoise(noisy, timestep, condition, mask), target)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts,
+        images=None,
+        negative_prompt="",
+        num_inference_steps=30,
+        guidance_scale=3.0,
+        image_guidance_scale=1.5,
+        num_images_per_prompt=1,
+        generator=None,
+    ):
+        """Draw pictures: a list of PIL images, `num_images_per_prompt` for each prompt in turn.
+
+        Guidance: v(neg) + g·(v(text) − v(neg)); g = 1 needs no second branch. With pictures:
+        v(neg, black) + g_img·(v(neg, pic) − v(neg, black)) + g·(v(text, pic) − v(neg, pic)), and
+        image_guidance_scale ≤ 1 drops the first branch. `generator` seeds the starting noise.
+        """
+        from diffusers import DPMSolverMultistepScheduler
+        from diffusers.utils.torch_utils import randn_tensor
+
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        branches, weights = [(prompts, images)], [guidance_scale]
+        negative = [negative_prompt] * len(prompts)
+        if images is not None and image_guidance_scale > 1:
+            branches += [(negative, images), (negative, black(images))]
+            weights += [image_guidance_scale - guidance_scale, 1 - image_guidance_scale]
+        elif guidance_scale != 1:
+            branches.append((negative, images))
+            weights.append(1 - guidance_scale)
+        conditions = [self.condition(*branch) for branch in branches]
+        longest = max(c.shape[1] for c, _ in conditions)
+        condition = torch.cat([F.pad(c, (0, 0, longest - c.shape[1], 0)) for c, _ in conditions])
+        condition = condition.repeat_interleave(num_images_per_prompt, 0)
+        mask = None
+        if conditions[0][1] is not None:
+            mask = torch.cat([F.pad(m, (longest - m.shape[1], 0)) for _, m in conditions])
+            mask = mask.repeat_interleave(num_images_per_prompt, 0)
+        scheduler = DPMSolverMultistepScheduler.from_config(self.scheduler.config)
+        scheduler.set_timesteps(num_inference_steps, device=self.device)
+        side, channels = self.diffusion.config.sample_size, self.diffusion.config.in_channels
+        number = len(prompts) * num_images_per_prompt
+        x = randn_tensor((number, channels, side, side), generator, self.device, torch.float32)
+        x = x * scheduler.init_noise_sigma
+        for timestep in scheduler.timesteps:
+            noisy = scheduler.scale_model_input(x, timestep).repeat(len(branches), 1, 1, 1)
+            steps = timestep.expand(len(noisy))
+            predictions = self.denoise(noisy.to(condition.dtype), steps, condition, mask).chunk(
+                len(branches)
+            )
+            prediction = sum(w * p for w, p in zip(weights, predictions, strict=True))
+            x = scheduler.step(prediction, timestep, x).prev_sample
+        return self.decode_latents(x)
+
+    def save_pretrained(self, folder):
+        """Write config.json and model.safetensors: what was trained, and the frozen parts' names."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = asdict(self.config)
+        for name in ("mllm", "diffusion"):
+            config[name] = name_beside(folder, config[name])
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        save_file(self.trained_state(), folder / "model.safetensors", {"format": "pt"})
+
+    def trained_state(self):
+        """The weights that a checkpoint holds: queries, connector and what else the config trains."""
+        parts = {
+            "connector": True,
+            "mllm": self.config.train_mllm,
+            "diffusion": self.config.train_diffusion,
+        }
+        kept = tuple(f"{name}." for name, trained in parts.items() if trained)
+        state = {k: v for k, v in self.state_dict().items() if k == "queries" or k.startswith(kept)}
+        seen = {}
+        return {
+            k: v.contiguous() for k, v in state.items() if seen.setdefault(v.data_ptr(), k) == k
+        }
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype=torch.float32, **changes):
+        """Load a checkpoint folder, frozen parts in `dtype`; `changes` replace fields of its config.
+
+        Raises InputError where the folder is missing, empty, broken or of another shape.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        folder = Path(folder)
+        config_file, weights_file = folder / "config.json", folder / "model.safetensors"
+        for file in (config_file, weights_file):
+            if not file.is_file():
+                raise InputError(
+                    f"{folder} holds no {file.name}: name a folder that train.py has saved."
+                )
+        try:
+            saved = json.loads(config_file.read_text())
+            state = load_file(weights_file)
+        except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+            raise InputError(
+                f"{folder} is damaged ({error}): copy it again or use an earlier step."
+            ) from None
+        known = {field.name for field in fields(MetaQueryConfig)}
+        if not isinstance(saved, dict) or not set(saved) <= known:
+            raise InputError(
+                f"{config_file} is no MetaQuery config: its fields must be {sorted(known)}."
+            )
+        for name in ("mllm", "diffusion"):
+            beside = folder / saved.get(name, "")
+            saved[name] = str(beside) if beside.exists() else saved[name]
+        model = cls(MetaQueryConfig(**(saved | changes)), dtype)
+        model.load_trained(state, folder)
+        return model
+
+    def load_trained(self, state, source):
+        """Put `trained_state` weights in; raises InputError naming what does not fit."""
+        expected = self.trained_state()
+        wrong = [k for k in expected if k not in state or state[k].shape != expected[k].shape]
+        wrong += [k for k in state if k not in expected]
+        if wrong:
+            raise InputError(
+                f"the weights in {source} do not fit this model ({len(wrong)} differ, first {wrong[0]}): "
+                "load them with the config and components that they were trained with."
+            )
+        self.load_state_dict(state, strict=False)
+
+
+def conversation(prompt, pictures=0, system=SYSTEM_PROMPT, as_parts=False):
+    """Chat messages of one user turn: pictures, then text. `as_parts` suits picture templates."""
+    parts = [{"type": "image"}] * pictures + [{"type": "text", "text": prompt}] * bool(prompt)
+    user = {"role": "user", "content": parts if as_parts or pictures else prompt}
+    if system is None:
+        return [user]
+    text = [{"type": "text", "text": system}] if as_parts else system
+    return [{"role": "system", "content": text}, user]
+
+
+def cut(tokenizer, prompt):
+    """A prompt of at most 256 tokens; a longer one is cut, with a warning."""
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    if len(ids) <= MAX_PROMPT_TOKENS:
+        return prompt
+    warnings.warn(
+        f"the prompt has {len(ids)} tokens: only its first {MAX_PROMPT_TOKENS} are used",
+        stacklevel=3,
+    )
+    return tokenizer.decode(ids[:MAX_PROMPT_TOKENS])
+
+
+def centre_square(picture, side):
+    """The middle square of a PIL picture, its short side resized to `side` pixels."""
+    scale = side / min(picture.size)
+    width, height = (max(side, round(length * scale)) for length in picture.size)
+    left, top = (width - side) // 2, (height - side) // 2
+    resized = picture.resize((width, height), Image.Resampling.BICUBIC)
+    return resized.crop((left, top, left + side, top + side))
+
+
+def black(images):
+    """Black pictures of the same sizes: the dropped picture condition (§5.2)."""
+    return [[Image.new("RGB", picture.size) for picture in row or []] for row in images]
+
+
+def name_beside(folder, component):
+    """How a checkpoint names a component: relative inside its own folder, else by full path or id."""
+    path = Path(component)
+    if not path.exists():
+        return component
+    inside = path.resolve().is_relative_to(folder.resolve())
+    return os.path.relpath(path, folder) if inside else str(path.resolve())
+
+
+def load_component(load, name):
+    """Call `load`, turning "not there" into one line that says how to mend it."""
+    try:
+        return load()
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(
+            f"cannot load {name} ({reason}): give a folder in the hub's layout with --mllm or "
+            "--diffusion, or connect to the hub once."
+        ) from None
+
+
+def load_mllm(name, dtype):
+    """A (multimodal) language model and its processor, or its tokenizer where it reads text only."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoProcessor, AutoTokenizer
+
+    def load():
+        sees = hasattr(AutoConfig.from_pretrained(name), "vision_config")
+        model = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+        reader = AutoProcessor if sees else AutoTokenizer
+        return model.from_pretrained(name, dtype=dtype), reader.from_pretrained(name)
+
+    mllm, processor = load_component(load, name)
+    return mllm.eval(), processor
+
+
+def load_diffusion(name, dtype):
+    """A diffusion model (Sana's transformer or Stable Diffusion's UNet), its VAE and its scheduler."""
+    from diffusers import AutoModel, DDPMScheduler, DPMSolverMultistepScheduler
+
+    def load():
+        try:
+            config = AutoModel.load_config(name, subfolder="transformer")
+            part = "transformer"
+        except OSError:
+            config, part = AutoModel.load_config(name, subfolder="unet"), "unet"
+        options = {"torch_dtype": dtype, "low_cpu_mem_usage": False}
+        model = AutoModel.from_pretrained(name, subfolder=part, **options)
+        vae = AutoModel.from_pretrained(name, subfolder="vae", **options)
+        is_flow = config["_class_name"].startswith("Sana")
+        scheduler = DPMSolverMultistepScheduler if is_flow else DDPMScheduler
+        return model, vae, scheduler.from_pretrained(name, subfolder="scheduler")
+
+    diffusion, vae, scheduler = load_component(load, name)
+    return diffusion, vae.eval(), scheduler
