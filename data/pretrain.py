@@ -247,50 +247,54 @@ CHAT_TEMPLATE = """{%- for message in messages -%}
 {%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"""
 
 
-def make_processor(out):
-    """A byte-level BPE tokenizer of the world's words and LLaVA-OneVision's processor around it."""
-    rng = random.Random("words")
-    talks = [talk(rng) for _ in range(40000)]
-    words = (f" {t.user} {t.assistant}\n{t.user}\n{t.assistant}" for t in talks)
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"]
+def make_tokenizer(words, vocab_size=1024):
+    """A byte-level BPE tokenizer for ChatML, trained on an iterable of texts."""
     core = Tokenizer(models.BPE())
     core.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    core.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), split])
     core.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=1024, special_tokens=special, initial_alphabet=alphabet
+        vocab_size=vocab_size,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
-    text = f"{SYSTEM_PROMPT} system user assistant".lower()
-    core.train_from_iterator([text] * 100, trainer)
-    core.train_from_iterator([*words, *[text] * 100], trainer)
-    tokenizer = PreTrainedTokenizerFast(
+    core.train_from_iterator(words, trainer)
+    return PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token="<|endoftext|>",
         eos_token="<|im_end|>",
         extra_special_tokens={"image_token": "<image>", "video_token": "<video>"},
         model_max_length=4096,
         padding_side="left",
+        chat_template=CHAT_TEMPLATE,
     )
-    size = {"height": VISION_SIZE, "width": VISION_SIZE}
-    mean = [0.5, 0.5, 0.5]
+
+
+def make_processor(tokenizer, size, patch):
+    """LLaVA-OneVision's processor for square pictures of `size` pixels, `patch` a side."""
+    square, mean = {"height": size, "width": size}, [0.5, 0.5, 0.5]
     images = LlavaOnevisionImageProcessor(
-        size=size,
-        image_grid_pinpoints=[[VISION_SIZE, VISION_SIZE]],
-        image_mean=mean,
-        image_std=mean,
+        size=square, image_grid_pinpoints=[[size, size]], image_mean=mean, image_std=mean
     )
-    videos = LlavaOnevisionVideoProcessor(size=size, image_mean=mean, image_std=mean)
-    processor = LlavaOnevisionProcessor(
-        images, tokenizer, videos, num_image_tokens=(VISION_SIZE // VISION_PATCH) ** 2,
-        vision_feature_select_strategy="full", chat_template=CHAT_TEMPLATE,
-    )  # fmt: skip
-    processor.save_pretrained(out / "mllm")
+    return LlavaOnevisionProcessor(
+        images,
+        tokenizer,
+        LlavaOnevisionVideoProcessor(size=square, image_mean=mean, image_std=mean),
+        num_image_tokens=(size // patch) ** 2,
+        vision_feature_select_strategy="full",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def world_texts():
+    """Texts with every word of the world, to train its tokenizer on."""
+    rng = random.Random("words")
+    for exchange in (talk(rng) for _ in range(40000)):
+        user, assistant = exchange.user, exchange.assistant
+        yield f" {user} {assistant}\n{user}\n{assistant}"
+    yield from [f"{SYSTEM_PROMPT} system user assistant"] * 100
 
 
 def language_config(tokenizer):
@@ -364,7 +368,8 @@ def restatements(model, tokenizer, kinds, number=100):
 
 def train_llm(out, steps):
     """A toy Qwen2 that restates prompts, knows the world's facts and speaks ChatML."""
-    make_processor(out)
+    processor = make_processor(make_tokenizer(world_texts()), VISION_SIZE, VISION_PATCH)
+    processor.save_pretrained(out / "mllm")
     tokenizer = AutoProcessor.from_pretrained(out / "mllm").tokenizer
     # Eager attention: on a CPU the backward pass of the fused one is slower in bf16.
     model = Qwen2ForCausalLM._from_config(language_config(tokenizer), attn_implementation="eager")

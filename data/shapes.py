@@ -81,15 +81,20 @@ class Scene:
     background: str = "white"
 
 
-@lru_cache(maxsize=8192)
-def coverage(shape, x, y, size):
-    """Share of each pixel that the shape covers: (64, 64) float32 in [0, 1], antialiased 8x8."""
+@lru_cache(maxsize=4096)
+def _stencil(shape, x, y, size):
+    """A shape drawn about the picture's middle: (64, 64) float32 in [0, 1], antialiased 8x8."""
     canvas = Image.new("L", (SIZE * 8, SIZE * 8))
     points = (OUTLINES[shape] * size + (x, y)) * 8 - 0.5
     ImageDraw.Draw(canvas).polygon([tuple(point) for point in points], fill=255)
-    small = np.asarray(canvas, np.float32).reshape(SIZE, 8, SIZE, 8).mean((1, 3)) / 255
-    small.flags.writeable = False
-    return small
+    return np.asarray(canvas, np.float32).reshape(SIZE, 8, SIZE, 8).mean((1, 3)) / 255
+
+
+def coverage(shape, x, y, size):
+    """Share of each pixel that the shape covers: (64, 64) float32 in [0, 1]."""
+    right, down = int(x) - SIZE // 2, int(y) - SIZE // 2
+    drawn = np.pad(_stencil(shape, x - right, y - down, size), SIZE)
+    return drawn[SIZE - down : 2 * SIZE - down, SIZE - right : 2 * SIZE - right]
 
 
 def _inner_coverage(item):
@@ -198,8 +203,8 @@ def read(picture):
 # Where objects may stand together, and how large they then are (least, most).
 LAYOUTS = {
     "centre": (("centre",), (30, 38)),
-    "row": (("left", "right"), (22, 26)),
-    "column": (("top", "bottom"), (22, 26)),
+    "row": (("left", "right"), (22, 25)),
+    "column": (("top", "bottom"), (22, 25)),
     "three": (("top left", "top right", "bottom"), (19, 22)),
     "corners": (("top left", "top right", "bottom left", "bottom right"), (19, 22)),
 }
@@ -225,6 +230,11 @@ def _pair(rng, taken=(), held_out=False):
             return color, shape
 
 
+def _two_coloured(rng, item):
+    inner = [c for c in COLORS if c != item.color and (item.shape, c) not in HELD_OUT]
+    return replace(item, pattern=rng.choice(PATTERNS[1:]), inner=rng.choice(inner))
+
+
 def random_scene(rng, patterns=0.0, held_out=0.0):
     """Any scene: 1 to 4 objects in some places of one layout, on any background.
 
@@ -240,8 +250,7 @@ def random_scene(rng, patterns=0.0, held_out=0.0):
         color, shape = _pair(rng, held_out=rng.random() < held_out)
         item = Object(shape, color)
         if layout in ("centre", "row", "column") and rng.random() < patterns:
-            inner = rng.choice([other for other in COLORS if other != color])
-            item = replace(item, pattern=rng.choice(PATTERNS[1:]), inner=inner)
+            item = _two_coloured(rng, item)
         items.append(items[0] if alike and items else item)
     background = rng.choices(tuple(BACKGROUNDS), (2, 1, 1))[0]
     return Scene(_put(rng, layout, items, places), background)
@@ -664,8 +673,7 @@ def _subject(rng, patterns):
     color, shape = _pair(rng)
     if rng.random() > patterns:
         return Object(shape, color)
-    inner = rng.choice([other for other in COLORS if other != color])
-    return Object(shape, color, pattern=rng.choice(PATTERNS[1:]), inner=inner)
+    return _two_coloured(rng, Object(shape, color))
 
 
 def _drawn(kind, prompt, target, sources):

@@ -1,0 +1,146 @@
+"""Tiny random models of the real classes, in folders of exactly the hub's layout."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import diffusers
+import pytest
+import torch
+import transformers
+
+from data.pretrain import make_processor, make_tokenizer
+from metaquery import SYSTEM_PROMPT, MetaQuery, MetaQueryConfig
+
+WORDS = [f"{SYSTEM_PROMPT} system user assistant a red star left of a blue circle"] * 9
+
+
+def language_config(tokenizer, **changes):
+    options = dict(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return transformers.Qwen2Config(**(options | changes))
+
+
+def make_llava(folder):
+    tokenizer = make_tokenizer(WORDS, 400)
+    processor = make_processor(tokenizer, 16, 8)
+    config = transformers.LlavaOnevisionConfig(
+        vision_config=transformers.SiglipVisionConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=16,
+            patch_size=8,
+            vision_use_head=False,
+        ),
+        text_config=language_config(tokenizer),
+        image_token_index=processor.image_token_id,
+        video_token_index=processor.video_token_id,
+        image_grid_pinpoints=[[16, 16]],
+    )
+    transformers.LlavaOnevisionForConditionalGeneration(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def make_qwen(folder):
+    tokenizer = make_tokenizer(WORDS, 400)
+    transformers.Qwen2ForCausalLM(language_config(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def make_sana(folder):
+    diffusers.SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=16,
+        cross_attention_dim=32,
+        caption_channels=64,
+        sample_size=4,
+    ).save_pretrained(folder / "transformer")
+    diffusers.AutoencoderDC(
+        in_channels=3,
+        latent_channels=4,
+        encoder_block_types="ResBlock",
+        decoder_block_types="ResBlock",
+        encoder_block_out_channels=(8, 16),
+        decoder_block_out_channels=(8, 16),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        encoder_qkv_multiscales=((), ()),
+        decoder_qkv_multiscales=((), ()),
+        scaling_factor=0.5,
+    ).save_pretrained(folder / "vae")
+    diffusers.DPMSolverMultistepScheduler(
+        algorithm_type="dpmsolver++",
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=3.0,
+    ).save_pretrained(folder / "scheduler")
+
+
+def make_stable_diffusion(folder, prediction_type="epsilon"):
+    diffusers.UNet2DConditionModel(
+        sample_size=4,
+        block_out_channels=(32, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=64,
+        attention_head_dim=8,
+    ).save_pretrained(folder / "unet")
+    diffusers.AutoencoderKL(
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+    ).save_pretrained(folder / "vae")
+    diffusers.PNDMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        skip_prk_steps=True,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    ).save_pretrained(folder / "scheduler")
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory):
+    """A folder with llava, qwen, sana, sd and sd-v: random models in the hub's layouts."""
+    folder = tmp_path_factory.mktemp("parts")
+    torch.manual_seed(0)
+    make_llava(folder / "llava")
+    make_qwen(folder / "qwen")
+    make_sana(folder / "sana")
+    make_stable_diffusion(folder / "sd")
+    make_stable_diffusion(folder / "sd-v", "v_prediction")
+    return folder
+
+
+@pytest.fixture
+def build(parts):
+    """build(mllm="llava", diffusion="sana", dtype=float32, **config) makes a random MetaQuery."""
+
+    def make(mllm="llava", diffusion="sana", dtype=torch.float32, **changes):
+        torch.manual_seed(1)
+        options = {"num_queries": 5, "connector_layers": 2} | changes
+        config = MetaQueryConfig(str(parts / mllm), str(parts / diffusion), **options)
+        return MetaQuery(config, dtype).to(dtype).eval()
+
+    return make

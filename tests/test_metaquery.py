@@ -1,0 +1,296 @@
+"""The method: two passes are one pass, the MLLM is untouched, losses and guidance are their formulas."""
+
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler
+
+from metaquery import SYSTEM_PROMPT, Connector, InputError, MetaQuery, MetaQueryConfig
+
+PROMPTS = ["a red star left of a blue circle", "a star", ""]
+
+
+def one_pass(model, prompts):
+    """Last states at the queries from a single pass over prompt and queries, by hand."""
+    inputs = model.prepare(prompts)
+    mask = inputs["attention_mask"]
+    embeds = model.mllm.get_input_embeddings()(inputs["input_ids"])
+    queries = model.queries.to(embeds.dtype).expand(len(prompts), -1, -1)
+    mask = torch.cat([mask, mask.new_ones(queries.shape[:2])], 1)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    states = model.mllm.base_model(
+        inputs_embeds=torch.cat([embeds, queries], 1),
+        attention_mask=mask,
+        position_ids=positions,
+        use_cache=False,
+    ).last_hidden_state
+    return states[:, -queries.shape[1] :]
+
+
+@pytest.mark.parametrize("mllm", ["llava", "qwen"])
+def test_two_passes_equal_one_pass(build, mllm):
+    """Same conditions and same query gradients in float64, with left padding."""
+    model = build(mllm, dtype=torch.float64)
+    assert model.prepare(PROMPTS)["attention_mask"][1, 0] == 0, "prompts are padded on the left"
+    weights = None
+    results = []
+    for condition in (
+        lambda: model.condition(PROMPTS)[0],
+        lambda: model.connector(one_pass(model, PROMPTS)),
+    ):
+        made = condition()
+        weights = torch.randn_like(made) if weights is None else weights
+        (gradient,) = torch.autograd.grad((made * weights).sum(), model.queries)
+        results.append((made, gradient))
+    (two, two_gradient), (one, one_gradient) = results
+    torch.testing.assert_close(two, one, atol=1e-10, rtol=1e-9)
+    torch.testing.assert_close(two_gradient, one_gradient, atol=1e-10, rtol=1e-9)
+    assert two_gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize("mllm", ["llava", "qwen"])
+def test_a_batch_changes_nothing_for_its_prompts(build, mllm):
+    model = build(mllm, dtype=torch.float64)
+    together = model.condition(PROMPTS)[0]
+    for row, prompt in enumerate(PROMPTS):
+        torch.testing.assert_close(model.condition([prompt])[0][0], together[row], atol=1e-10, rtol=1e-9)
+
+
+def test_later_query_never_changes_an_earlier_state(build):
+    """Everything stays causally masked (§3.1)."""
+    model = build(dtype=torch.float64)
+    model.connector = torch.nn.Identity()
+    model.connector.norm = torch.nn.RMSNorm(1, dtype=torch.float64)
+    with torch.no_grad():
+        before = model.condition(PROMPTS)[0]
+        model.queries[3] += 1
+        after = model.condition(PROMPTS)[0]
+    assert torch.equal(before[:, :3], after[:, :3])
+    assert not torch.allclose(before[:, 3:], after[:, 3:])
+
+
+def test_training_leaves_the_mllm_bit_identical(build):
+    """After training steps, every MLLM parameter and its text logits are what they were."""
+    model = build().train()
+    before = {k: v.clone() for k, v in model.mllm.state_dict().items()}
+    inputs = model.prepare(PROMPTS)
+    logits = model.mllm(**inputs).logits
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, 1e-2)
+    queries, targets = model.queries.detach().clone(), torch.rand(3, 3, 8, 8) * 2 - 1
+    for _ in range(3):
+        model(PROMPTS, targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not torch.equal(model.queries, queries)
+    assert all(torch.equal(v, before[k]) for k, v in model.mllm.state_dict().items())
+    assert torch.equal(model.mllm(**inputs).logits, logits)
+    assert all(p.grad is None for p in model.mllm.parameters())
+
+
+@pytest.mark.parametrize(
+    "design, layers, millions",
+    [("proj-enc", 6, 517), ("proj-enc", 24, 2046), ("enc-proj", 6, 84), ("enc-proj", 24, 316)],
+)
+def test_table_3(design, layers, millions):
+    """The connector's parameter counts of Table 3, d = 896, c = 2304."""
+    with torch.device("meta"):
+        connector = Connector(896, 2304, layers, design)
+    count = sum(p.numel() for p in connector.parameters())
+    assert abs(count / 1e6 - millions) < 1, count
+
+
+@pytest.mark.parametrize("design", ["enc-proj", "proj-enc"])
+def test_connector_sees_both_ways_and_passes_over_padding(design):
+    torch.manual_seed(0)
+    connector = Connector(64, 128, 2, design, gain=5.5**0.5).double()
+    x = torch.randn(2, 6, 64, dtype=torch.float64)
+    made = connector(x)
+    assert made.shape == (2, 6, 128)
+    assert (connector.norm.weight.float() == torch.tensor(5.5**0.5)).all()
+    changed = x.clone()
+    changed[:, 5] += 1
+    assert not torch.allclose(connector(changed)[:, 0], made[:, 0])
+    mask = torch.tensor([[1, 1, 1, 1, 1, 0]] * 2)
+    torch.testing.assert_close(connector(changed, mask)[:, :5], connector(x, mask)[:, :5])
+
+
+def recorded(model, prediction):
+    """Replace the diffusion model's part by a fixed prediction; returns what it was called with."""
+    calls = []
+
+    def denoise(x, timestep, condition, mask):
+        calls.append((x, timestep, condition, mask))
+        return prediction(x)
+
+    model.denoise = denoise
+    return calls
+
+
+def test_flow_loss_is_its_formula(build):
+    """x_σ = (1 − σ)·x + σ·ε, timestep 1000·σ, target ε − x, mean squared error."""
+    model = build(dtype=torch.float64)
+    calls = recorded(model, lambda x: 0.25 * x)
+    targets = torch.rand(3, 3, 8, 8, dtype=torch.float64) * 2 - 1
+    z = model.vae.encode(targets).latent * 0.5
+    noise, sigma = torch.randn_like(z), torch.tensor([0.1, 0.5, 1.0], dtype=torch.float64)
+    s = sigma.view(3, 1, 1, 1)
+    x = (1 - s) * z + s * noise
+    loss = model(PROMPTS, targets, noise=noise, sigma=sigma)
+    torch.testing.assert_close(loss, ((0.25 * x - (noise - z)) ** 2).mean(), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(calls[0][1], 1000 * sigma)
+
+
+def test_flow_sigma_is_uniform_on_its_interval(build):
+    model = build("qwen")
+    model.condition = lambda prompts, images=None: (None, None)
+    calls = recorded(model, lambda x: x)
+    torch.manual_seed(0)
+    model([""] * 4000, torch.zeros(4000, 3, 8, 8))
+    sigma = calls[0][1] / 1000
+    assert sigma.min() > 0 and sigma.max() <= 1
+    assert abs(sigma.mean() - 0.5) < 0.02 and abs(sigma.var() - 1 / 12) < 0.01
+
+
+@pytest.mark.parametrize("name", ["sd", "sd-v"])
+def test_diffusion_loss_is_its_formula(build, name):
+    """x_t = √ᾱ·x + √(1 − ᾱ)·ε; target ε, or v = √ᾱ·ε − √(1 − ᾱ)·x where the config says so."""
+    model = build("qwen", name, dtype=torch.float64)
+    calls = recorded(model, lambda x: 0.5 * x)
+    targets = torch.rand(2, 3, 8, 8, dtype=torch.float64) * 2 - 1
+    z = model.vae.encode(targets).latent_dist.mode() * model.vae.config.scaling_factor
+    noise, timestep = torch.randn_like(z), torch.tensor([0, 700])
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    alpha = torch.cumprod(1 - betas, 0)[timestep].view(2, 1, 1, 1)
+    x = alpha.sqrt() * z + (1 - alpha).sqrt() * noise
+    target = noise if name == "sd" else alpha.sqrt() * noise - (1 - alpha).sqrt() * z
+    loss = model(PROMPTS[:2], targets, noise=noise, sigma=timestep)
+    torch.testing.assert_close(loss, ((0.5 * x - target) ** 2).mean(), atol=1e-5, rtol=1e-5)
+    assert torch.equal(calls[0][1], timestep)
+
+
+@pytest.mark.parametrize("mllm, diffusion", [("llava", "sana"), ("qwen", "sd"), ("qwen", "sana")])
+@pytest.mark.parametrize("condition", ["queries", "random", "last_layer"])
+def test_every_condition_trains_and_draws(build, mllm, diffusion, condition):
+    model = build(mllm, diffusion, condition=condition)
+    made, mask = model.condition(PROMPTS)
+    if condition == "last_layer":
+        assert made.shape[:2] == mask.shape and mask.sum(1)[0] > mask.sum(1)[2]
+    else:
+        assert made.shape == (3, 5, 64) and mask is None
+    model(PROMPTS, torch.zeros(3, 3, 8, 8)).backward()
+    assert (model.queries.grad is not None) == (condition == "queries")
+    assert model.connector.norm.weight.grad.abs().sum() > 0
+    assert model.generate(PROMPTS[:1], num_inference_steps=2)[0].size == (8, 8)
+
+
+def test_trained_mllm_gets_gradients_through_both_passes(build):
+    model = build(train_mllm=True)
+    model(PROMPTS, torch.zeros(3, 3, 8, 8)).backward()
+    assert model.mllm.get_input_embeddings().weight.grad.abs().sum() > 0
+
+
+def by_hand(model, prompts, g, negative, steps, seed):
+    """Guided sampling written out with diffusers' scheduler, one branch at a time."""
+    text, empty = model.condition(prompts)[0], model.condition([negative] * len(prompts))[0]
+    scheduler = DPMSolverMultistepScheduler.from_config(model.scheduler.config)
+    scheduler.set_timesteps(steps)
+    side, channels = model.diffusion.config.sample_size, model.diffusion.config.in_channels
+    x = torch.randn(len(prompts), channels, side, side, generator=torch.Generator().manual_seed(seed))
+    for t in scheduler.timesteps:
+        v, free = (model.denoise(x, t.expand(len(x)), c, None) for c in (text, empty))
+        x = scheduler.step(free + g * (v - free), t, x).prev_sample
+    return model.decode_latents(x)
+
+
+@pytest.mark.parametrize("diffusion", ["sana", "sd"])
+@pytest.mark.parametrize("g, negative", [(3.0, ""), (0.5, "a red star"), (1.0, "")])
+def test_guidance_is_its_formula(build, diffusion, g, negative):
+    model = build("qwen", diffusion)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        made = model.generate(
+            PROMPTS, None, negative, num_inference_steps=4, guidance_scale=g, generator=generator
+        )
+        expected = by_hand(model, PROMPTS, g, negative, 4, 7)
+    for one, other in zip(made, expected, strict=True):
+        difference = pixels(one).int() - pixels(other).int()
+        assert difference.abs().max() <= 1
+
+
+def pixels(picture):
+    return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+
+
+def test_guidance_of_one_runs_a_single_branch(build):
+    """g = 1 is no guidance: the negative prompt changes nothing and costs nothing."""
+    model = build("qwen")
+    calls = recorded(model, lambda x: 0.5 * x)
+    model.generate(PROMPTS, negative_prompt="a star", guidance_scale=1.0, num_inference_steps=2)
+    assert all(len(x) == len(PROMPTS) for x, *_ in calls)
+
+
+def test_conditions_are_computed_once(build):
+    """Once per prompt: not once per step nor per picture."""
+    model = build("qwen")
+    asked, plain = [], model.condition
+    model.condition = lambda prompts, images=None: asked.append(len(prompts)) or plain(prompts, images)
+    pictures = model.generate(PROMPTS, num_images_per_prompt=4, num_inference_steps=3)
+    assert len(pictures) == 12 and asked == [3, 3]
+
+
+@pytest.mark.parametrize("train_diffusion", [True, False])
+def test_saved_and_loaded_model_draws_the_same(build, tmp_path, train_diffusion):
+    model = build(train_diffusion=train_diffusion)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.01
+    model.save_pretrained(tmp_path / "saved")
+    again = MetaQuery.from_pretrained(tmp_path / "saved")
+    first, second = (
+        m.generate(PROMPTS, num_inference_steps=3, generator=torch.Generator().manual_seed(3))
+        for m in (model, again)
+    )
+    assert [p.tobytes() for p in first] == [p.tobytes() for p in second]
+    names = set(model.trained_state())
+    assert not any(name.startswith(("mllm.", "vae.")) for name in names)
+    assert any(name.startswith("diffusion.") for name in names) == train_diffusion
+
+
+def test_folders_inside_a_checkpoint_move_with_it(build, parts, tmp_path):
+    """Relative folders resolve beside the checkpoint, so that it can be moved whole."""
+    import shutil
+
+    shutil.copytree(parts / "qwen", tmp_path / "one" / "mllm")
+    config = MetaQueryConfig(str(tmp_path / "one" / "mllm"), str(parts / "sana"), 4, connector_layers=1)
+    MetaQuery(config).save_pretrained(tmp_path / "one")
+    (tmp_path / "one").rename(tmp_path / "two")
+    assert MetaQuery.from_pretrained(tmp_path / "two").config.mllm == str(tmp_path / "two" / "mllm")
+
+
+def test_prompt_holds_the_system_prompt_and_ends_where_the_mllm_would_speak(build):
+    model = build()
+    ids = model.prepare(["a red star"])["input_ids"][0]
+    text = model.processor.tokenizer.decode(ids)
+    assert text.startswith("<|im_start|>system\n" + SYSTEM_PROMPT.lower()[:8]) or SYSTEM_PROMPT[:8] in text
+    assert text.endswith("a red star<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_long_prompt_is_cut_with_a_warning(build):
+    model = build("qwen")
+    with pytest.warns(UserWarning, match="256"):
+        long = model.prepare(["star " * 400])["input_ids"].shape[1]
+    assert 256 <= long - model.prepare([""])["input_ids"].shape[1] <= 258
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"connector": "mlp"}, "enc-proj"),
+        ({"condition": "clip"}, "last_layer"),
+        ({"num_queries": 0}, "at least 1"),
+    ],
+)
+def test_wrong_config_says_what_is_right(changes, words):
+    with pytest.raises(InputError, match=words):
+        MetaQueryConfig(**changes)

@@ -1,0 +1,222 @@
+"""sample.py and the shipped weights, as their user runs them."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from test_train import ROOT, run
+
+from data.pretrain import answers, pictures_to_tensor, restatements, same
+from data.shapes import SIX_KINDS, Talk, describe, random_scene, render, sample, score
+from metaquery import MetaQuery
+
+TINY = ROOT / "weights" / "tiny"
+
+
+def cli(*flags):
+    return run([sys.executable, "sample.py", *map(str, flags)], OMP_NUM_THREADS="2")
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return MetaQuery.from_pretrained(TINY).eval()
+
+
+def test_readme_commands(tmp_path):
+    """Every python command of the README's first minute runs (with fewer steps where it trains)."""
+    text = (ROOT / "README.md").read_text()
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.S))
+    commands = [line for line in blocks.splitlines() if "python sample.py" in line]
+    assert any("pip install -r requirements.txt && python sample.py" in line for line in commands)
+    assert "pip install -r requirements.txt pytest && python -m pytest" in blocks
+    assert any("python train.py --size tiny --stage pretrain" in line for line in blocks.splitlines())
+    for line in commands:
+        line = line.split("&&")[-1].split("#")[0].strip().replace("python", sys.executable, 1)
+        if "runs/" in line:
+            continue
+        line = line.replace("prompts.txt", str(tmp_path / "prompts.txt"))
+        line = line.replace("scores.json", str(tmp_path / "scores.json"))
+        (tmp_path / "prompts.txt").write_text("a red star\na blue circle\n")
+        line += " --limit 2" if "--benchmark" in line else ""
+        line += "" if "--out" in line else f" --out {tmp_path}/readme.png"
+        done = subprocess.run(line, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, (line, done.stderr)
+
+
+def test_training_from_the_shipped_frozen_parts(tmp_path):
+    done = run([sys.executable, "train.py", "--size", "tiny", "--stage", "pretrain", "--steps", "2",
+                "--batch-size", "4", "--out", str(tmp_path)])  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "samples" / "step-00000002.png").exists()
+
+
+def test_a_sentence_becomes_its_picture(tiny):
+    """The README's picture, and a few unseen prompts of each of the six kinds."""
+    made = [sample(kind, i, split="test") for kind in SIX_KINDS for i in range(5)]
+    prompts = ["a red star left of a blue circle", *(s.prompt for s in made)]
+    pictures = tiny.generate(prompts, generator=torch.Generator().manual_seed(0))
+    want = sample("position", 0).want
+    want = type(want)(
+        (type(want.objects[0])("red", "star"), type(want.objects[0])("blue", "circle")), "left of"
+    )
+    assert score(pictures[0], want)
+    right = [score(p, s.want) for p, s in zip(pictures[1:], made, strict=True)]
+    assert sum(right) >= 0.75 * len(right)
+
+
+def test_same_seed_same_picture_alone_or_in_a_file(tmp_path):
+    (tmp_path / "p.txt").write_text("a green square\n\na red star\n")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a green square"}\n{"prompt": "a red star"}\n')
+    assert cli("a red star", "--seed", 4, "--steps", 4, "--out", tmp_path / "one.png").returncode == 0
+    for name in ("p.txt", "p.jsonl"):
+        out = tmp_path / name.replace(".", "-")
+        done = cli("--prompts", tmp_path / name, "--seed", 4, "--steps", 4, "--out", out)
+        assert done.returncode == 0, done.stderr
+        assert len(list(out.glob("*.png"))) == 2
+        one, again = (Image.open(p).tobytes() for p in (tmp_path / "one.png", out / "00001.png"))
+        assert max(abs(a - b) for a, b in zip(one, again, strict=True)) <= 2
+
+
+def test_several_pictures_are_a_grid_or_numbered_files(tmp_path):
+    assert cli("a star", "--num-images", 4, "--steps", 2, "--out", tmp_path / "g.png").returncode == 0
+    assert Image.open(tmp_path / "g.png").size == (130, 130)
+    done = cli("", "--num-images", 3, "--steps", 2, "--out", tmp_path / "many")
+    assert done.returncode == 0 and str(tmp_path / "many") in done.stdout
+    assert [p.name for p in sorted((tmp_path / "many").iterdir())] == ["00000.png", "00001.png", "00002.png"]
+
+
+def test_benchmark_prints_a_table_and_writes_it(tmp_path):
+    done = cli("--benchmark", "shapes", "--limit", 2, "--steps", 4, "--json", tmp_path / "t.json")
+    assert done.returncode == 0, done.stderr
+    table = json.loads((tmp_path / "t.json").read_text())
+    assert set(SIX_KINDS) < set(table["scores"]) and "six-kind overall" in table["scores"]
+    assert all(kind in done.stdout for kind in table["scores"])
+
+
+def test_shipped_vae_is_read_after_it(tiny):
+    """The scorer still reads 99% of the toy VAE's reconstructions."""
+    made = [sample(kind, i, split="test") for kind in (*SIX_KINDS, "dense") for i in range(30)]
+    pixels = pictures_to_tensor([s.picture for s in made])
+    redrawn = tiny.decode_latents(tiny.encode_latents(pixels))
+    assert sum(score(p, s.want) for p, s in zip(redrawn, made, strict=True)) >= 0.99 * len(made)
+
+
+def test_shipped_mllm_sees_and_knows(tiny):
+    """Captions with the right objects: 95%; knowledge prompts restated plainly: 97%."""
+    import random
+
+    rng = random.Random("see")
+    scenes = [random_scene(rng) for _ in range(100)]
+    talks = [Talk("", "", (scene,), True) for scene in scenes]
+    said = answers(tiny.mllm, tiny.processor, talks)
+    right = [words_of(a) == words_of(describe(s)) for a, s in zip(said, scenes, strict=True)]
+    assert sum(right) >= 0.95 * len(right)
+    known = restatements(tiny.mllm, tiny.processor.tokenizer, ["knowledge"])["knowledge"]
+    assert known >= 0.97
+
+
+def words_of(text):
+    """A description's set of (shape, colour, count), whatever its places."""
+    from data.shapes import COLORS, NUMBERS, SHAPES
+
+    found = {}
+    for number, color, shape in re.findall(rf"(\w+) ({'|'.join(COLORS)}) ({'|'.join(SHAPES)})", text):
+        found[color, shape] = found.get((color, shape), 0) + (
+            NUMBERS.index(number) if number in NUMBERS else 1
+        )
+    return found
+
+
+def test_shipped_weights_are_small():
+    assert sum(f.stat().st_size for f in TINY.rglob("*") if f.is_file()) <= 40e6
+
+
+def broken(tmp_path, what):
+    """A copy of the shipped checkpoint with one thing broken."""
+    folder = tmp_path / what
+    folder.mkdir()
+    if what == "empty":
+        return folder
+    config = json.loads((TINY / "config.json").read_text())
+    config |= {name: str(TINY / config[name]) for name in ("mllm", "diffusion")}
+    shutil.copy(TINY / "model.safetensors", folder)
+    if what == "truncated":
+        weights = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    if what == "other shape":
+        config["num_queries"] += 1
+    if what == "other field":
+        config["queries"] = 3
+    (folder / "config.json").write_text("{" if what == "bad json" else json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "what, words",
+    [
+        ("empty", "config.json"),
+        ("truncated", "damaged"),
+        ("bad json", "damaged"),
+        ("other shape", "do not fit"),
+        ("other field", "config"),
+    ],
+)
+def test_broken_checkpoint_is_one_line(tmp_path, what, words):
+    done = cli("a star", "--checkpoint", broken(tmp_path, what), "--out", tmp_path / "x.png")
+    check_refused(done, words)
+    assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ([], "prompt"),
+        (["a star", "--size", "huge"], "tiny"),
+        (["a star", "--size", "base"], "--checkpoint"),
+        (["a star", "--checkpoint", "/nowhere"], "/nowhere"),
+        (["a star", "--steps", "0"], "--steps"),
+        (["a star", "--steps", "many"], "--steps"),
+        (["a star", "--guidance", "-1"], "--guidance"),
+        (["a star", "--guidance", "nan"], "--guidance"),
+        (["a star", "--num-images", "0"], "--num-images"),
+        (["a star", "--out", "/proc/nowhere/x.png"], "--out"),
+        (["a star", "--out", "x.unknown"], "--out"),
+        (["a star", "--device", "abacus"], "device"),
+        (["--prompts", "/nowhere.txt"], "/nowhere.txt"),
+        (["--benchmark", "cubes"], "shapes"),
+    ],
+)
+def test_bad_input_is_one_line(flags, words):
+    check_refused(cli(*flags), words)
+
+
+def test_bad_prompt_files_name_the_line(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a star"}\n{"prompt": \n')
+    check_refused(cli("--prompts", tmp_path / "a.jsonl"), "line 2")
+    (tmp_path / "b.jsonl").write_text('{"prompt": "a star"}\n\n{"text": "a star"}\n')
+    check_refused(cli("--prompts", tmp_path / "b.jsonl"), "line 3")
+    (tmp_path / "c.txt").write_text("\n\n")
+    check_refused(cli("--prompts", tmp_path / "c.txt"), "empty")
+
+
+def test_long_prompt_warns_and_draws(tmp_path):
+    done = cli("a red star " * 200, "--steps", 2, "--out", tmp_path / "x.png")
+    assert done.returncode == 0 and "256" in done.stderr and (tmp_path / "x.png").exists()
+
+
+def check_refused(done, words):
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr and words in lines[-1] and lines[-1].startswith("error: ")
+
+
+def test_same_reads_a_right_picture():
+    import numpy as np
+
+    scene = sample("attribution", 0).target
+    assert same(scene, np.asarray(render(scene)))
