@@ -12,13 +12,25 @@ import json
 import os
 import sys
 import warnings
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from diffusers import AutoModel, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
+from torchvision.transforms.functional import InterpolationMode, center_crop, resize
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+)
 
 SYSTEM_PROMPT = (
     "You will be given an image or its caption. "
@@ -26,6 +38,10 @@ SYSTEM_PROMPT = (
 )
 MAX_PROMPT_TOKENS = 256
 TINY = Path(__file__).resolve().parent / "weights" / "tiny"
+CHOICES = {
+    "connector": ("enc-proj", "proj-enc"),
+    "condition": ("queries", "random", "last_layer"),
+}
 SANA = "Efficient-Large-Model/Sana_1600M_512px_diffusers"
 
 
@@ -59,15 +75,9 @@ class MetaQueryConfig:
     train_diffusion: bool = True
 
     def __post_init__(self):
-        allowed = {
-            "connector": ("enc-proj", "proj-enc"),
-            "condition": ("queries", "random", "last_layer"),
-        }
-        for name, values in allowed.items():
+        for name, values in CHOICES.items():
             if getattr(self, name) not in values:
-                raise InputError(
-                    f"{name} is {getattr(self, name)!r}: choose one of {', '.join(values)}."
-                )
+                raise InputError(f"unknown {name} {getattr(self, name)!r}: choose one of {values}.")
         for name in ("num_queries", "connector_layers"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}: it must be at least 1.")
@@ -100,10 +110,8 @@ class ConnectorLayer(nn.Module):
         self.query_norm, self.key_norm = nn.RMSNorm(64, eps=1e-6), nn.RMSNorm(64, eps=1e-6)
         self.out = nn.Linear(dim, dim, bias=False)
         self.mlp_norm = nn.RMSNorm(dim, eps=1e-6)
-        self.gate, self.up = (
-            nn.Linear(dim, 4 * dim, bias=False),
-            nn.Linear(dim, 4 * dim, bias=False),
-        )
+        self.gate = nn.Linear(dim, 4 * dim, bias=False)
+        self.up = nn.Linear(dim, 4 * dim, bias=False)
         self.down = nn.Linear(4 * dim, dim, bias=False)
 
     def forward(self, x, cos, sin, mask):
@@ -125,10 +133,10 @@ def rotate(x, cos, sin):
 
 
 class Connector(nn.Module):
-    """Maps MLLM states (B, L, dim) to the diffusion model's conditions (B, L, condition_dim) (§3.3).
+    """Maps MLLM states (B, L, dim) to conditions (B, L, condition_dim) for diffusion (§3.3).
 
-    "enc-proj" runs the bidirectional encoder at the MLLM's width, then projects; "proj-enc" projects
-    first (Table 3). `gain` starts the last norm: √5.5 makes conditions as large as Sana's own.
+    "enc-proj" runs the bidirectional encoder at the MLLM's width, then projects; "proj-enc"
+    projects first (Table 3). `gain` starts the last norm: √5.5 suits Sana, 1 Stable Diffusion.
     Raises InputError where the encoder's width is no multiple of 64, its head size.
     """
 
@@ -142,7 +150,6 @@ class Connector(nn.Module):
             nn.Linear(dim, condition_dim), nn.GELU("tanh"), nn.Linear(condition_dim, condition_dim)
         )
         self.norm = nn.RMSNorm(condition_dim, eps=1e-5)
-        self.gain = gain
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.014)
@@ -180,25 +187,24 @@ class MetaQuery(nn.Module):
     def __init__(self, config, dtype=torch.float32):
         super().__init__()
         self.config = config
-        self.mllm, self.processor = load_mllm(config.mllm, dtype)
-        self.diffusion, self.vae, self.scheduler = load_diffusion(config.diffusion, dtype)
-        language, caption = self.mllm.config.get_text_config(), self.diffusion.config
+        self.mllm, self.processor, self.diffusion, self.vae, self.scheduler = load_parts(
+            config, dtype
+        )
         self.sees = hasattr(self.mllm.config, "vision_config")
         self.is_flow = "flow" in str(self.scheduler.config.get("prediction_type"))
-        self.queries = nn.Parameter(torch.randn(config.num_queries, language.hidden_size) * 0.02)
+        self.scale = self.vae.config.scaling_factor
+        self.shift = self.vae.config.get("shift_factor") or 0
+        d, caption = self.mllm.config.get_text_config().hidden_size, self.diffusion.config
         width = caption.get("caption_channels") or caption.cross_attention_dim
         gain = 5.5**0.5 if "caption_channels" in caption else 1.0
-        self.connector = Connector(
-            language.hidden_size, width, config.connector_layers, config.connector, gain
-        )
+        self.queries = nn.Parameter(torch.randn(config.num_queries, d) * 0.02)
+        self.connector = Connector(d, width, config.connector_layers, config.connector, gain)
         self.queries.requires_grad_(config.condition == "queries")
         self.vae.requires_grad_(False)
-        for module, trained in (
-            (self.mllm, config.train_mllm),
-            (self.diffusion, config.train_diffusion),
-        ):
-            module.requires_grad_(trained)
-            if trained:
+        self.mllm.requires_grad_(config.train_mllm)
+        self.diffusion.requires_grad_(config.train_diffusion)
+        for module in (self.mllm, self.diffusion):
+            if next(module.parameters()).requires_grad:
                 module.float()
 
     @property
@@ -213,53 +219,46 @@ class MetaQuery(nn.Module):
         """
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
         tokenizer.padding_side = "left"
-        images = [[] for _ in prompts] if images is None else [list(row or []) for row in images]
+        images = [list(row or []) for row in images or [None] * len(prompts)]
         if any(images) and not self.sees:
             raise InputError(
-                f"the MLLM {self.config.mllm} reads text only: for pictures choose a LLaVA-OneVision "
-                "or Qwen2.5-VL backbone with --mllm."
+                f"the MLLM {self.config.mllm} reads text only: for pictures choose "
+                "LLaVA-OneVision or Qwen2.5-VL with --mllm."
             )
         texts = []
-        for prompt, pictures in zip(prompts, images, strict=True):
-            prompt = cut(tokenizer, prompt)
-            messages = conversation(prompt, len(pictures), SYSTEM_PROMPT, as_parts=self.sees)
-            texts.append(self.chat(messages))
-        pictures = (
-            {"images": [[self.fit_picture(p) for p in row] for row in images]}
-            if any(images)
-            else {}
-        )
+        for prompt, row in zip(prompts, images, strict=True):
+            messages = conversation(clean(tokenizer, prompt), len(row), as_parts=self.sees)
+            options = {"tokenize": False, "add_generation_prompt": True}
+            texts.append(self.processor.apply_chat_template(messages, **options))
+        pictures = [[self.fit_picture(picture) for picture in row] for row in images]
+        pictures = {"images": pictures} if any(images) else {}
         reader = self.processor if pictures else tokenizer
         return reader(text=texts, **pictures, padding=True, return_tensors="pt").to(self.device)
-
-    def chat(self, messages):
-        """A conversation as text, up to where the MLLM is to speak (its own chat template)."""
-        return self.processor.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
 
     def fit_picture(self, picture):
         """A PIL picture as the MLLM takes it: LLaVA-OneVision's are cut to its tower's square."""
         picture = picture.convert("RGB")
-        if self.mllm.config.model_type != "llava_onevision":
-            return picture
-        return centre_square(picture, self.mllm.config.vision_config.image_size)
+        if self.mllm.config.model_type == "llava_onevision":
+            side = self.mllm.config.vision_config.image_size
+            picture = center_crop(resize(picture, side, InterpolationMode.BICUBIC), side)
+        return picture
 
     def condition(self, prompts, images=None):
-        """The diffusion model's condition for each prompt (§3.1): (B, L, c), and its mask (B, L) or None.
+        """Conditions for the diffusion model (§3.1): (B, L, c), and its mask (B, L) or None.
 
         L is N for queries (mask None) and the prompt's length for "last_layer". The prompt is run
-        once without gradient for its keys and values; only the queries are run with gradient, against
-        them. Under a causal mask no prompt token sees a query, so this is exact, and the backward
-        pass costs N tokens however long the prompt is.
+        once without gradient for its keys and values; only the queries are run with gradient,
+        against them. Under a causal mask no prompt token sees a query, so this is exact, and the
+        backward pass costs N tokens however long the prompt is.
         """
         inputs = self.prepare(prompts, images)
         mask, backbone = inputs.pop("attention_mask"), self.mllm.base_model
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.train_mllm):
             prompt = backbone(**inputs, attention_mask=mask, position_ids=positions, use_cache=True)
+        trained = self.connector.norm.weight.dtype
         if self.config.condition == "last_layer":
-            return self.connector(prompt.last_hidden_state.float(), mask), mask
+            return self.connector(prompt.last_hidden_state.to(trained), mask), mask
         queries = self.queries.to(self.mllm.dtype).expand(len(prompts), -1, -1)
         positions = mask.sum(-1, keepdim=True) + torch.arange(len(self.queries), device=mask.device)
         hidden = backbone(
@@ -269,22 +268,20 @@ class MetaQuery(nn.Module):
             past_key_values=prompt.past_key_values,
             use_cache=True,
         ).last_hidden_state
-        return self.connector(hidden.to(self.connector.norm.weight.dtype)), None
+        return self.connector(hidden.to(trained)), None
 
     @torch.no_grad()
     def encode_latents(self, pixels):
         """Pictures (B, 3, H, W) in [-1, 1] to latents (B, C, h, w): (z − shift)·scale, float32."""
         encoded = self.vae.encode(pixels.to(self.vae.dtype))
         z = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
-        return (
-            (z - (self.vae.config.get("shift_factor") or 0)) * self.vae.config.scaling_factor
-        ).float()
+        return ((z - self.shift) * self.scale).float()
 
     @torch.no_grad()
     def decode_latents(self, latents):
         """Latents (B, C, h, w) to PIL pictures."""
-        z = latents / self.vae.config.scaling_factor + (self.vae.config.get("shift_factor") or 0)
-        pixels = self.vae.decode(z.to(self.vae.dtype)).sample.float().clamp(-1, 1)
+        z = (latents / self.scale + self.shift).to(self.vae.dtype)
+        pixels = self.vae.decode(z).sample.float().clamp(-1, 1)
         arrays = ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         return [Image.fromarray(array) for array in arrays]
 
@@ -298,8 +295,9 @@ class MetaQuery(nn.Module):
         """The loss of drawing `targets` (B, 3, H, W) in [-1, 1] from `prompts` and `images` (§3.1).
 
         Flow matching (Sana): σ uniform on (0, 1], x_σ = (1 − σ)·x + σ·ε, timestep 1000·σ, target
-        ε − x. Diffusion (Stable Diffusion 1.5): the scheduler's forward process at a whole timestep,
-        target ε, or v as its config says. noise (B, C, h, w) is ε; sigma (B,) is σ or the timestep.
+        ε − x. Diffusion (Stable Diffusion 1.5): the scheduler's forward process at a whole
+        timestep, target ε, or v as its config says. noise (B, C, h, w) is ε; sigma (B,) is σ or
+        the timestep.
         """
         x = self.encode_latents(targets)
         noise = torch.randn_like(x) if noise is None else noise
@@ -309,10 +307,9 @@ class MetaQuery(nn.Module):
             s = sigma.view(-1, 1, 1, 1)
             noisy, timestep, target = (1 - s) * x + s * noise, 1000 * sigma, noise - x
         else:
-            steps = self.scheduler.config.num_train_timesteps
-            timestep = (
-                torch.randint(steps, (len(x),), device=x.device) if sigma is None else sigma.long()
-            )
+            if sigma is None:
+                sigma = torch.randint(self.scheduler.config.num_train_timesteps, (len(x),))
+            timestep = sigma.long().to(x.device)
             noisy, target = self.scheduler.add_noise(x, noise, timestep), noise
             if self.scheduler.config.prediction_type == "v_prediction":
                 target = self.scheduler.get_velocity(x, noise, timestep)
@@ -336,9 +333,6 @@ class MetaQuery(nn.Module):
         v(neg, black) + g_img·(v(neg, pic) − v(neg, black)) + g·(v(text, pic) − v(neg, pic)), and
         image_guidance_scale ≤ 1 drops the first branch. `generator` seeds the starting noise.
         """
-        from diffusers import DPMSolverMultistepScheduler
-        from diffusers.utils.torch_utils import randn_tensor
-
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         branches, weights = [(prompts, images)], [guidance_scale]
         negative = [negative_prompt] * len(prompts)
@@ -364,72 +358,58 @@ class MetaQuery(nn.Module):
         x = x * scheduler.init_noise_sigma
         for timestep in scheduler.timesteps:
             noisy = scheduler.scale_model_input(x, timestep).repeat(len(branches), 1, 1, 1)
-            steps = timestep.expand(len(noisy))
-            predictions = self.denoise(noisy.to(condition.dtype), steps, condition, mask).chunk(
-                len(branches)
-            )
-            prediction = sum(w * p for w, p in zip(weights, predictions, strict=True))
-            x = scheduler.step(prediction, timestep, x).prev_sample
+            noisy, steps = noisy.to(condition.dtype), timestep.expand(len(noisy))
+            predictions = self.denoise(noisy, steps, condition, mask).chunk(len(branches))
+            guided = sum(w * p for w, p in zip(weights, predictions, strict=True))
+            x = scheduler.step(guided, timestep, x).prev_sample
         return self.decode_latents(x)
 
     def save_pretrained(self, folder):
-        """Write config.json and model.safetensors: what was trained, and the frozen parts' names."""
-        from safetensors.torch import save_file
-
+        """Write what was trained to model.safetensors; config.json names the frozen parts."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = asdict(self.config)
         for name in ("mllm", "diffusion"):
-            config[name] = name_beside(folder, config[name])
+            if (path := Path(config[name])).exists():
+                inside = path.resolve().is_relative_to(folder.resolve())
+                config[name] = os.path.relpath(path, folder) if inside else str(path.resolve())
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         save_file(self.trained_state(), folder / "model.safetensors", {"format": "pt"})
 
     def trained_state(self):
-        """The weights that a checkpoint holds: queries, connector and what else the config trains."""
-        parts = {
-            "connector": True,
-            "mllm": self.config.train_mllm,
-            "diffusion": self.config.train_diffusion,
-        }
-        kept = tuple(f"{name}." for name, trained in parts.items() if trained)
-        state = {k: v for k, v in self.state_dict().items() if k == "queries" or k.startswith(kept)}
+        """What a checkpoint holds: queries, connector and what else the config trains."""
+        config = self.config
+        kept = ["queries", "connector.", *["mllm."] * config.train_mllm]
+        kept = tuple(kept + ["diffusion."] * config.train_diffusion)
         seen = {}
         return {
-            k: v.contiguous() for k, v in state.items() if seen.setdefault(v.data_ptr(), k) == k
+            name: weights.contiguous()
+            for name, weights in self.state_dict().items()
+            if name.startswith(kept) and seen.setdefault(weights.data_ptr(), name) == name
         }
 
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32, **changes):
-        """Load a checkpoint folder, frozen parts in `dtype`; `changes` replace fields of its config.
+        """Load a checkpoint, frozen parts in `dtype`; `changes` replace fields of its config.
 
         Raises InputError where the folder is missing, empty, broken or of another shape.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         folder = Path(folder)
-        config_file, weights_file = folder / "config.json", folder / "model.safetensors"
-        for file in (config_file, weights_file):
-            if not file.is_file():
-                raise InputError(
-                    f"{folder} holds no {file.name}: name a folder that train.py has saved."
-                )
+        for name in ("config.json", "model.safetensors"):
+            if not (folder / name).is_file():
+                raise InputError(f"{folder} holds no {name}: name a folder that train.py saved.")
         try:
-            saved = json.loads(config_file.read_text())
-            state = load_file(weights_file)
-        except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
-            raise InputError(
-                f"{folder} is damaged ({error}): copy it again or use an earlier step."
-            ) from None
-        known = {field.name for field in fields(MetaQueryConfig)}
-        if not isinstance(saved, dict) or not set(saved) <= known:
-            raise InputError(
-                f"{config_file} is no MetaQuery config: its fields must be {sorted(known)}."
-            )
-        for name in ("mllm", "diffusion"):
-            beside = folder / saved.get(name, "")
-            saved[name] = str(beside) if beside.exists() else saved[name]
-        model = cls(MetaQueryConfig(**(saved | changes)), dtype)
+            saved = json.loads((folder / "config.json").read_text())
+            state = load_file(folder / "model.safetensors")
+            for name in ("mllm", "diffusion"):
+                beside = folder / saved[name]
+                saved[name] = str(beside) if beside.exists() else saved[name]
+            config = MetaQueryConfig(**(saved | changes))
+        except (ValueError, SafetensorError) as error:
+            raise InputError(f"{folder} is damaged ({error}): take an older step.") from None
+        except (TypeError, KeyError, AttributeError) as error:
+            raise InputError(f"{folder}/config.json is no MetaQuery config: {error}.") from None
+        model = cls(config, dtype)
         model.load_trained(state, folder)
         return model
 
@@ -440,8 +420,8 @@ class MetaQuery(nn.Module):
         wrong += [k for k in state if k not in expected]
         if wrong:
             raise InputError(
-                f"the weights in {source} do not fit this model ({len(wrong)} differ, first {wrong[0]}): "
-                "load them with the config and components that they were trained with."
+                f"the weights in {source} do not fit this model ({len(wrong)} differ, first "
+                f"{wrong[0]}): load them with the config and parts they were trained with."
             )
         self.load_state_dict(state, strict=False)
 
@@ -456,25 +436,15 @@ def conversation(prompt, pictures=0, system=SYSTEM_PROMPT, as_parts=False):
     return [{"role": "system", "content": text}, user]
 
 
-def cut(tokenizer, prompt):
-    """A prompt of at most 256 tokens; a longer one is cut, with a warning."""
+def clean(tokenizer, prompt):
+    """A prompt without the tokenizer's special tokens, cut at 256 tokens with a warning."""
+    for token in tokenizer.all_special_tokens:
+        prompt = prompt.replace(token, " ")
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     if len(ids) <= MAX_PROMPT_TOKENS:
         return prompt
-    warnings.warn(
-        f"the prompt has {len(ids)} tokens: only its first {MAX_PROMPT_TOKENS} are used",
-        stacklevel=3,
-    )
+    warnings.warn(f"the prompt's {len(ids)} tokens are cut to {MAX_PROMPT_TOKENS}", stacklevel=4)
     return tokenizer.decode(ids[:MAX_PROMPT_TOKENS])
-
-
-def centre_square(picture, side):
-    """The middle square of a PIL picture, its short side resized to `side` pixels."""
-    scale = side / min(picture.size)
-    width, height = (max(side, round(length * scale)) for length in picture.size)
-    left, top = (width - side) // 2, (height - side) // 2
-    resized = picture.resize((width, height), Image.Resampling.BICUBIC)
-    return resized.crop((left, top, left + side, top + side))
 
 
 def black(images):
@@ -482,58 +452,28 @@ def black(images):
     return [[Image.new("RGB", picture.size) for picture in row or []] for row in images]
 
 
-def name_beside(folder, component):
-    """How a checkpoint names a component: relative inside its own folder, else by full path or id."""
-    path = Path(component)
-    if not path.exists():
-        return component
-    inside = path.resolve().is_relative_to(folder.resolve())
-    return os.path.relpath(path, folder) if inside else str(path.resolve())
-
-
-def load_component(load, name):
-    """Call `load`, turning "not there" into one line that says how to mend it."""
+def load_parts(config, dtype):
+    """MLLM, processor (a text-only MLLM's tokenizer), diffusion model, VAE and scheduler."""
+    options = {"torch_dtype": dtype, "low_cpu_mem_usage": False}
+    name = config.mllm
     try:
-        return load()
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(
-            f"cannot load {name} ({reason}): give a folder in the hub's layout with --mllm or "
-            "--diffusion, or connect to the hub once."
-        ) from None
-
-
-def load_mllm(name, dtype):
-    """A (multimodal) language model and its processor, or its tokenizer where it reads text only."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-    from transformers import AutoProcessor, AutoTokenizer
-
-    def load():
         sees = hasattr(AutoConfig.from_pretrained(name), "vision_config")
-        model = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-        reader = AutoProcessor if sees else AutoTokenizer
-        return model.from_pretrained(name, dtype=dtype), reader.from_pretrained(name)
-
-    mllm, processor = load_component(load, name)
-    return mllm.eval(), processor
-
-
-def load_diffusion(name, dtype):
-    """A diffusion model (Sana's transformer or Stable Diffusion's UNet), its VAE and its scheduler."""
-    from diffusers import AutoModel, DDPMScheduler, DPMSolverMultistepScheduler
-
-    def load():
+        mllm = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+        mllm = mllm.from_pretrained(name, dtype=dtype).eval()
+        processor = (AutoProcessor if sees else AutoTokenizer).from_pretrained(name)
+        name = config.diffusion
         try:
-            config = AutoModel.load_config(name, subfolder="transformer")
             part = "transformer"
+            is_flow = AutoModel.load_config(name, subfolder=part)["_class_name"].startswith("Sana")
         except OSError:
-            config, part = AutoModel.load_config(name, subfolder="unet"), "unet"
-        options = {"torch_dtype": dtype, "low_cpu_mem_usage": False}
-        model = AutoModel.from_pretrained(name, subfolder=part, **options)
-        vae = AutoModel.from_pretrained(name, subfolder="vae", **options)
-        is_flow = config["_class_name"].startswith("Sana")
+            part, is_flow = "unet", False
+        diffusion = AutoModel.from_pretrained(name, subfolder=part, **options)
+        vae = AutoModel.from_pretrained(name, subfolder="vae", **options).eval()
         scheduler = DPMSolverMultistepScheduler if is_flow else DDPMScheduler
-        return model, vae, scheduler.from_pretrained(name, subfolder="scheduler")
-
-    diffusion, vae, scheduler = load_component(load, name)
-    return diffusion, vae.eval(), scheduler
+        scheduler = scheduler.from_pretrained(name, subfolder="scheduler")
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"cannot load {name} ({str(error).strip().splitlines()[0]}): name a folder in the "
+            "hub's layout with --mllm or --diffusion, or connect to the hub once."
+        ) from None
+    return mllm, processor, diffusion, vae, scheduler

@@ -91,7 +91,7 @@ def read_prompts(path):
 
 
 def writable(out):
-    """The path to write to; ends with a line where it cannot be written, before anything is drawn."""
+    """The path to write to; ends with a line, before anything is drawn, where one cannot."""
     path = Path(out)
     folder = path.parent if path.suffix else path
     try:
@@ -120,7 +120,7 @@ def grid(pictures, columns=None):
 
 
 def draw(model, prompts, args):
-    """Pictures of prompts, batch by batch: `--num-images` for each; a prompt's own seed is --seed."""
+    """Pictures of prompts, batch by batch: --num-images of each, from --seed."""
     import torch
     from tqdm import tqdm
 
@@ -140,7 +140,7 @@ def draw(model, prompts, args):
 
 
 def benchmark(model, args):
-    """Draw `--limit` unseen prompts of each kind and score them exactly; prints and saves a table."""
+    """Draw --limit unseen prompts of each kind and score them; prints and saves a table."""
     from data.shapes import SIX_KINDS, TEXT_KINDS, sample, score
 
     samples = {
@@ -161,8 +161,8 @@ def benchmark(model, args):
     print(f"{made} pictures of unseen prompts a kind, seed {args.seed}, {args.steps} steps, "
           f"guidance {args.guidance:g}, {time.time() - began:.0f} s")  # fmt: skip
     if args.json:
-        table = {"scores": shares, "pictures_per_kind": made, "seed": args.seed, "steps": args.steps,
-                 "guidance": args.guidance}  # fmt: skip
+        table = {"scores": shares, "pictures_per_kind": made}
+        table |= {name: getattr(args, name) for name in ("seed", "steps", "guidance")}
         writable(args.json).write_text(json.dumps(table, indent=2) + "\n")
     if args.out:
         path = writable(args.out)
@@ -187,7 +187,7 @@ def main():
         folder = args.checkpoint or HERE / "weights" / args.size
         if not args.checkpoint and not folder.exists():
             stop(
-                f"no weights are shipped for --size {args.size}: give --checkpoint DIR, saved by train.py."
+                f"no weights are shipped for --size {args.size}: give --checkpoint DIR of train.py."
             )
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         model = MetaQuery.from_pretrained(folder).to(device, getattr(torch, args.dtype)).eval()

@@ -73,7 +73,7 @@ class TrainConfig:
 
 
 class Shapes(Dataset):
-    """The embedded world's samples of a stage; the index alone decides what is drawn and dropped."""
+    """The embedded world's samples of a stage; the index decides what is drawn and dropped."""
 
     def __init__(self, stage, seed):
         self.kinds, self.weights = zip(*STAGES[stage].items(), strict=True)
@@ -117,7 +117,7 @@ def save(model, optimizer, schedule, step, out, config):
 
 
 def resume(model, optimizer, schedule, out, config):
-    """Go on from the newest step folder of `out` (or the one that --resume names); its step or 0."""
+    """Go on from the newest step folder of `out` or the one --resume names; its step, or 0."""
     if config.resume == "none":
         return 0
     folders = sorted(out.glob("step-*")) if config.resume == "auto" else [Path(config.resume)]
@@ -254,7 +254,12 @@ def main():
         parser.error = lambda message: fail(message)
         size = parser.parse_known_args()[0].size
         parser.set_defaults(**asdict(MetaQueryConfig.preset(size)))
-        train(*parser.parse_args_into_dataclasses())
+        config, model_config, rest = parser.parse_args_into_dataclasses(
+            return_remaining_strings=True
+        )
+        if rest:
+            raise InputError(f"unknown flag {rest[0]}: see train.py --help.")
+        train(config, model_config)
     except InputError as error:
         fail(error)
 

@@ -58,13 +58,14 @@ from data.shapes import (
     Talk,
     coverage,
     describe,
+    place_of,
     question,
     random_scene,
     read,
     render,
     sample,
     score,
-    talk,
+    talks,
 )
 from metaquery import SYSTEM_PROMPT, conversation
 
@@ -165,26 +166,40 @@ def same(scene, array):
     return clear and what[0] == what[1] and seen.background == scene.background
 
 
+SIDE = VISION_SIZE // VISION_PATCH
+
+
+def patch_owners(scene):
+    """Which object each of the 6x6 patches shows most of: (36,) int, -1 for the background."""
+    shares = [np.full(SIDE * SIDE, 0.06)]
+    for item in scene.objects:
+        alpha = torch.from_numpy(coverage(item.shape, item.x, item.y, item.size).copy())
+        shares.append(F.adaptive_avg_pool2d(alpha[None, None], SIDE).flatten().numpy())
+    return np.argmax(shares, 0) - 1
+
+
 def patch_labels(scene):
-    """What each of the 6x6 patches shows: (36, 7) float: shape, color, inner, pattern, dx, dy, size.
+    """What each patch shows: (36, 7) float: shape, color, inner, pattern, dx, dy, size.
 
     0 stands for nothing in the first three; the last three, in units of 32 px, locate the object.
     """
-    side = VISION_SIZE // VISION_PATCH
-    labels, most = np.zeros((side * side, 7), np.float32), np.full(side * side, 0.06)
-    centres = (np.arange(side) + 0.5) * 64 / side
+    labels, owners = np.zeros((SIDE * SIDE, 7), np.float32), patch_owners(scene)
+    centres = (np.arange(SIDE) + 0.5) * 64 / SIDE
     grid = np.stack(np.meshgrid(centres, centres), -1).reshape(-1, 2)
-    for item in scene.objects:
-        alpha = torch.from_numpy(coverage(item.shape, item.x, item.y, item.size))[None, None]
-        share = F.adaptive_avg_pool2d(alpha, side).flatten().numpy()
-        here = share > most
-        most = np.maximum(most, share)
+    for number, item in enumerate(scene.objects):
+        here = owners == number
         inner = 0 if item.inner is None else 1 + list(COLORS).index(item.inner)
         what = (1 + SHAPES.index(item.shape), 1 + list(COLORS).index(item.color), inner)
         labels[here, :4] = *what, PATTERNS.index(item.pattern)
         labels[here, 4:6] = ((item.x, item.y) - grid[here]) / 32
         labels[here, 6] = item.size / 32
     return labels
+
+
+def scenes_to_tower(scenes):
+    """Scenes as the tower's pixels (B, 3, 60, 60) in [-1, 1]."""
+    pixels = pictures_to_tensor([render(scene) for scene in scenes])
+    return F.interpolate(pixels, VISION_SIZE, mode="bicubic", antialias=True)
 
 
 def train_vision(out, steps):
@@ -205,15 +220,13 @@ def train_vision(out, steps):
 
     def loss_of_step(step):
         scenes = [random_scene(rng, patterns=0.25) for _ in range(64)]
-        pixels = pictures_to_tensor([render(scene) for scene in scenes])
-        pixels = F.interpolate(pixels, VISION_SIZE, mode="bicubic", antialias=True)
         labels = torch.from_numpy(np.stack([patch_labels(scene) for scene in scenes])).flatten(0, 1)
-        states = tower(pixels, output_hidden_states=True).hidden_states[-1]
+        states = tower(scenes_to_tower(scenes), output_hidden_states=True).hidden_states[-1]
         shape, color, inner, pattern, where = (
             head(states).flatten(0, 1).float().split([7, 9, 9, 3, 3], 1)
         )
-        kinds = labels[:, :4].long().unbind(1)
-        loss = sum(F.cross_entropy(g, k) for g, k in zip((shape, color, inner, pattern), kinds))
+        kinds, guesses = labels[:, :4].long().unbind(1), (shape, color, inner, pattern)
+        loss = sum(F.cross_entropy(g, k) for g, k in zip(guesses, kinds, strict=True))
         something = labels[:, :1] > 0
         loss = loss + 10 * ((where - labels[:, 4:]) ** 2 * something).mean()
         right = (shape.argmax(1) == kinds[0])[something[:, 0]].float().mean()
@@ -291,9 +304,8 @@ def make_processor(tokenizer, size, patch):
 def world_texts():
     """Texts with every word of the world, to train its tokenizer on."""
     rng = random.Random("words")
-    for exchange in (talk(rng) for _ in range(40000)):
-        user, assistant = exchange.user, exchange.assistant
-        yield f" {user} {assistant}\n{user}\n{assistant}"
+    for turn in (turn for _ in range(10000) for turn in talks(rng)):
+        yield f" {turn.user} {turn.assistant}\n{turn.user}\n{turn.assistant}"
     yield from [f"{SYSTEM_PROMPT} system user assistant"] * 100
 
 
@@ -314,37 +326,45 @@ def language_config(tokenizer):
     )
 
 
-def chat(tokenizer, messages):
-    """The text of a conversation, up to where the assistant is to speak."""
-    return tokenizer.apply_chat_template(
-        messages, chat_template=CHAT_TEMPLATE, tokenize=False, add_generation_prompt=True
-    )
+def chat(tokenizer, messages, open_end=True):
+    """The text of a conversation, with an open end up to where the assistant is to speak."""
+    options = {"chat_template": CHAT_TEMPLATE, "tokenize": False}
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=open_end, **options)
 
 
-def talk_batch(processor, talks):
+def talk_batch(processor, conversations):
     """Model inputs with labels on the assistant's words alone, padded on the right."""
     tokenizer = getattr(processor, "tokenizer", processor)
-    rows = [
-        conversation(t.user, len(t.sources), SYSTEM_PROMPT if t.instructed else None) for t in talks
-    ]
-    answers = [t.assistant + "<|im_end|>" for t in talks]
-    texts = [chat(tokenizer, row) + answer for row, answer in zip(rows, answers, strict=True)]
-    images = [[render(scene) for scene in t.sources] for t in talks]
+    texts, images = [], []
+    for turns in conversations:
+        system, messages = SYSTEM_PROMPT if turns[0].instructed else None, []
+        for turn in turns:
+            messages += conversation(turn.user, len(turn.sources), None if messages else system)
+            messages.append({"role": "assistant", "content": turn.assistant})
+        texts.append(chat(tokenizer, messages, False))
+        images.append([render(scene) for turn in turns for scene in turn.sources])
     pictures = {"images": images} if any(images) else {}
     reader = processor if pictures else tokenizer
     inputs = reader(text=texts, **pictures, padding=True, padding_side="right", return_tensors="pt")
-    labels = torch.full_like(inputs["input_ids"], -100)
-    for row, answer in enumerate(tokenizer(answers)["input_ids"]):
-        end = int(inputs["attention_mask"][row].sum())
-        labels[row, end - len(answer) : end] = torch.tensor(answer)
+    ids = inputs["input_ids"]
+    before, end = tokenizer("<|im_start|>assistant\n")["input_ids"], tokenizer.eos_token_id
+    labels = torch.full_like(ids, -100)
+    for row, tokens in enumerate(ids.tolist()):
+        start = 0
+        while start < len(tokens):
+            if tokens[start : start + len(before)] == before:
+                start += len(before)
+                stop = tokens.index(end, start) + 1
+                labels[row, start:stop] = ids[row, start:stop]
+            start += 1
     return {**inputs, "labels": labels}
 
 
 def batches_of_like_length(rng, size, pictures):
-    """Sixteen batches of exchanges, each of similar length, so that little of it is padding."""
-    talks = [talk(rng, pictures) for _ in range(16 * size)]
-    talks.sort(key=lambda t: (len(t.sources), len(t.user) + len(t.assistant) + 120 * t.instructed))
-    batches = [talks[i : i + size] for i in range(0, len(talks), size)]
+    """Eight batches of conversations, each with as many pictures, so that little is padding."""
+    made = [talks(rng, pictures) for _ in range(8 * size)]
+    made.sort(key=lambda turns: (sum(len(t.sources) for t in turns), turns[0].instructed))
+    batches = [made[i : i + size] for i in range(0, len(made), size)]
     rng.shuffle(batches)
     return batches
 
@@ -373,10 +393,6 @@ def train_llm(out, steps):
     tokenizer = AutoProcessor.from_pretrained(out / "mllm").tokenizer
     # Eager attention: on a CPU the backward pass of the fused one is slower in bf16.
     model = Qwen2ForCausalLM._from_config(language_config(tokenizer), attn_implementation="eager")
-    rng = random.Random("llm")
-
-    batches = []
-
     teach_words("llm", model, tokenizer, steps, out)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(out / "llm")
@@ -389,7 +405,7 @@ def teach_words(name, model, tokenizer, steps, out):
 
     def loss_of_step(step):
         if not batches:
-            batches.extend(batches_of_like_length(rng, 64, pictures=False))
+            batches.extend(batches_of_like_length(rng, 16, pictures=False))
         return model(**talk_batch(tokenizer, batches.pop())).loss
 
     evaluate = partial(restatements, model, tokenizer, ("position", "dense", "knowledge"))
@@ -397,18 +413,19 @@ def teach_words(name, model, tokenizer, steps, out):
 
 
 @torch.no_grad()
-def answers(model, processor, talks):
+def answers(model, processor, turns):
     """What the model says, greedily, to each exchange's user turn."""
     said = []
-    for start in range(0, len(talks), 50):
-        part = talks[start : start + 50]
+    for start in range(0, len(turns), 50):
+        part = turns[start : start + 50]
         rows = [
             conversation(t.user, len(t.sources), SYSTEM_PROMPT if t.instructed else None)
             for t in part
         ]
         texts = [chat(processor.tokenizer, row) for row in rows]
         images = [[render(scene) for scene in t.sources] for t in part]
-        inputs = processor(images=images, text=texts, return_tensors="pt", padding=True)
+        pictures = {"images": images} if any(images) else {}
+        inputs = processor(text=texts, **pictures, return_tensors="pt", padding=True)
         made = model.generate(**inputs, max_new_tokens=64, do_sample=False)
         said += processor.batch_decode(
             made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
@@ -416,10 +433,38 @@ def answers(model, processor, talks):
     return said
 
 
+def align(model, tokenizer, out, steps=600):
+    """Teach the projector to give each patch the embedding of the words for what it shows."""
+    embeddings = model.get_input_embeddings().weight.detach()
+    tower, projector = model.model.vision_tower, model.model.multi_modal_projector
+    rng = random.Random("align")
+
+    def words_of(scene):
+        groups = [("background", scene.background)]
+        for item in scene.objects:
+            groups.append(
+                (item.color, item.shape, item.inner or item.color, *place_of(item).split())
+            )
+        ids = [tokenizer("".join(f" {word}" for word in group))["input_ids"] for group in groups]
+        vectors = torch.stack([embeddings[i].sum(0) / len(i) ** 0.5 for i in ids])
+        return vectors[torch.from_numpy(patch_owners(scene)) + 1]
+
+    def loss_of_step(step):
+        scenes = [random_scene(rng, patterns=0.25) for _ in range(64)]
+        with torch.no_grad():
+            pixels = scenes_to_tower(scenes)
+            states = tower(pixels, output_hidden_states=True).hidden_states[-1]
+        wanted = torch.stack([words_of(scene) for scene in scenes])
+        return F.mse_loss(projector(states).float(), wanted) / embeddings.var()
+
+    fit("align", [projector], loss_of_step, steps, 3e-3, out)
+
+
 def train_mllm(out, steps):
     """LLaVA-OneVision: the language model goes on with words, then learns of pictures with them.
 
-    The tower stays as it is; projector and language model learn together.
+    The tower stays as it is. The projector first learns each patch's words, then learns together
+    with the language model.
     """
     processor = AutoProcessor.from_pretrained(out / "mllm")
     tower = SiglipVisionModel.from_pretrained(out / "vision")
@@ -444,12 +489,13 @@ def train_mllm(out, steps):
     model.model.vision_tower.load_state_dict(tower.state_dict())
     model.model.vision_tower.requires_grad_(False)
     model.model.language_model.load_state_dict(language.model.state_dict())
+    align(model, processor.tokenizer, out)
     rng = random.Random("mllm")
     batches = []
 
     def loss_of_step(step):
         if not batches:
-            batches.extend(batches_of_like_length(rng, 32, pictures=True))
+            batches.extend(batches_of_like_length(rng, 16, pictures=True))
         return model(**talk_batch(processor, batches.pop())).loss
 
     def evaluate():
@@ -464,11 +510,10 @@ def train_mllm(out, steps):
             made = [sample(kind, i, split="test") for i in range(50)]
             groups[kind] = [Talk(s.prompt, s.plain, s.sources, True) for s in made]
         right = {}
-        for name, talks in groups.items():
-            said = answers(model, processor, talks)
-            right[name] = sum(a == t.assistant for a, t in zip(said, talks, strict=True)) / len(
-                talks
-            )
+        for name, asked in groups.items():
+            said = answers(model, processor, asked)
+            exact = [a == t.assistant for a, t in zip(said, asked, strict=True)]
+            right[name] = sum(exact) / len(exact)
         return right | restatements(model, processor.tokenizer, ("position", "dense", "knowledge"))
 
     fit("mllm", [model], loss_of_step, steps, 1.5e-3, out, evaluate)

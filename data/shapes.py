@@ -1,4 +1,4 @@
-"""The embedded world: 64x64 pictures of a few coloured shapes, the words for them, and an exact scorer.
+"""The embedded world: 64x64 pictures of a few coloured shapes, their words, and an exact scorer.
 
 Everything the paper claims can be checked on it without a judge model. A `Scene` is a plain
 background and one to four objects. `render` draws it, `read` reads a picture back into a scene, and
@@ -223,7 +223,7 @@ def _put(rng, layout, items, places=None):
 
 
 def _pair(rng, taken=(), held_out=False):
-    """A random (color, shape) that is not in `taken`, from the held-out pairs or from the others."""
+    """A random (color, shape) not in `taken`, from the held-out pairs or from the others."""
     while True:
         color, shape = rng.choice(list(COLORS)), rng.choice(SHAPES)
         if ((shape, color) in HELD_OUT) == held_out and (color, shape) not in taken:
@@ -405,7 +405,7 @@ def _plural(words):
 
 
 def _name(item):
-    """An object's plain name: "red star", "half red half blue star", "red star with a blue core"."""
+    """An object's name: "red star", "half red half blue star", "red star with a blue core"."""
     if item.pattern == "halves":
         return f"half {item.color} half {item.inner} {item.shape}"
     core = f" with {_a(item.inner)} core" if item.pattern == "core" else ""
@@ -482,7 +482,7 @@ def _wrapped(rng, words):
 
 
 def _sample_pair(rng, kind, held_out):
-    """Two objects: "two objects" and "position" by shape (position also coloured), "attribution"."""
+    """Two objects, by shape ("two objects"), colour too ("attribution"), or either ("position")."""
     coloured = kind == "attribution" or (kind == "position" and rng.random() < 0.5)
     first = _pair(rng)
     second = _pair(rng, taken=[(color, first[1]) for color in COLORS] if not coloured else [first])
@@ -549,14 +549,17 @@ def _sample_knowledge(rng, kind, held_out, thing=None):
             shape = rng.choice(SHAPES)
     form = rng.choice(SHAPE_FACTS[shape])
     if what == "color":
-        words = rng.choice((f"{_a(shape)} the {colour} of {thing}", f"{_a(shape)} in the {colour} of {thing}",
+        words = rng.choice((f"{_a(shape)} the {colour} of {thing}",
+                            f"{_a(shape)} in the {colour} of {thing}",
                             f"{_a(shape)} with the same {colour} as {thing}"))  # fmt: skip
     elif what == "shape":
-        words = rng.choice((f"{_a(color)} object shaped like {form}", f"something {color} in the shape of {form}",
+        words = rng.choice((f"{_a(color)} object shaped like {form}",
+                            f"something {color} in the shape of {form}",
                             f"{_a(color)} thing with the shape of {form}"))  # fmt: skip
     elif what == "both":
         words = rng.choice((f"something shaped like {form} in the {colour} of {thing}",
-                            f"an object the {colour} of {thing} and the shape of {form}"))  # fmt: skip
+                            f"an object the {colour} of {thing} and the shape of {form}",
+                            ))  # fmt: skip
     else:
         (owner, parts), number = rng.choice(tuple(_FACTS["count"].items()))
         words = f"as many {_plural(f'{color} {shape}')} as {owner} has {parts}"
@@ -594,7 +597,8 @@ def _edit_once(rng, kind, scene):
     if kind == "background":
         ground = rng.choice([name for name in BACKGROUNDS if name != scene.background])
         words = rng.choice(("make the background {}", "change the background to {}",
-                            "set the background to {}", "put it all on a {} background"))  # fmt: skip
+                            "set the background to {}", "put it all on a {} background",
+                            ))  # fmt: skip
         return words.format(ground), replace(scene, background=ground)
     if kind == "add":
         if not free:
@@ -611,7 +615,8 @@ def _edit_once(rng, kind, scene):
     if it is None:
         return None
     if kind == "recolour" and color != item.color:
-        words = rng.choice(("make {} {}", "paint {} {}", "turn {} {}", "change the colour of {} to {}",
+        words = rng.choice(("make {} {}", "paint {} {}", "turn {} {}",
+                            "change the colour of {} to {}",
                             "change the color of {} to {}", "recolour {} to {}"))  # fmt: skip
         words, new = words.format(it, color), [replace(item, color=color)]
     elif kind == "reshape" and shape != item.shape:
@@ -772,11 +777,13 @@ def question(rng, scene):
     one = sum(o.shape == item.shape for o in items) == 1
     one_color = sum(o.color == item.color for o in items) == 1
     colour = rng.choice(("colour", "color"))
+    many = rng.choice(("how many {}?", "how many {} are there?", "count the {}"))
+    seen = rng.choice(("what is in the picture?", "what do you see?", "describe the picture"))
     asked = [
-        (rng.choice(("how many {}?", "how many {} are there?", "count the {}")).format(_plural(shape)), NUMBERS[number]),
+        (many.format(_plural(shape)), NUMBERS[number]),
         (rng.choice(("how many objects?", "how many objects are there?")), NUMBERS[len(items)]),
         (f"what {colour} is the background?", scene.background),
-        (rng.choice(("what is in the picture?", "what do you see?", "describe the picture")), describe(scene)),
+        (seen, describe(scene)),
         ("list the objects with their places", layout_words(scene)),
     ]  # fmt: skip
     if rng.random() < 0.5:
@@ -839,7 +846,7 @@ KINDS = (*_MAKERS, "held-out")
 
 
 def unseen(prompt):
-    """Whether a prompt is kept from training, for the benchmark: one in eight, by its own letters."""
+    """Whether a prompt is kept from training: one in eight, by its own letters."""
     return zlib.crc32(prompt.encode()) % 8 == 0
 
 
@@ -862,7 +869,7 @@ def sample(kind, index, seed=0, split="train"):
 
 @dataclass(frozen=True)
 class Talk:
-    """One exchange that the toy MLLM learns from; `instructed` puts MetaQuery's system prompt first."""
+    """An exchange for the toy MLLM; `instructed` puts MetaQuery's system prompt first."""
 
     user: str
     assistant: str
@@ -873,21 +880,35 @@ class Talk:
 _PICTURE_KINDS = ("edit", "edit", "one subject", "two subjects", "three subjects", "association")
 
 
-def talk(rng, pictures=True):
-    """An exchange to train the toy MLLM on: describe, restate, ask, recall a fact."""
-    index, part = rng.randrange(1 << 40), rng.random()
-    if pictures and part < 0.6:
-        if part < 0.22:
-            made = sample(rng.choice(_PICTURE_KINDS), index, "talk")
-            return Talk(made.prompt, made.plain, made.sources, True)
+def _picture_task(rng):
+    if rng.random() < 0.5:
         scene = random_scene(rng, patterns=0.15) if rng.random() < 0.97 else Scene((), "black")
-        if part < 0.42 or not scene.objects:
-            return Talk("", describe(scene), (scene,), True)
-        return Talk(*question(rng, scene), (scene,))
-    if rng.random() < 0.2:
-        return Talk(*fact(rng))
+        return Talk("", describe(scene), (scene,), True)
+    made = sample(rng.choice(_PICTURE_KINDS), rng.randrange(1 << 40), "talk")
+    return Talk(made.prompt, made.plain, made.sources, True)
+
+
+def _word_task(rng):
     if rng.random() < 0.01:
         return Talk("", describe(Scene(())), (), True)
-    kind = rng.choice((*SIX_KINDS, "dense", "dense", "dense", *["knowledge"] * 7, "commonsense"))
-    made = sample(kind, index, "talk")
+    kind = rng.choice((*SIX_KINDS, "dense", "dense", "dense", *["knowledge"] * 5, "commonsense"))
+    made = sample(kind, rng.randrange(1 << 40), "talk")
     return Talk(made.prompt, made.plain, (), True)
+
+
+def talks(rng, pictures=True):
+    """The turns of one conversation to train the toy MLLM on, a list of `Talk`.
+
+    Without pictures: prompts to restate, or facts. With them, more often: pictures to describe or
+    to change in thought, or questions about one picture.
+    """
+    part = rng.random()
+    if pictures and part < 0.35:
+        return [_picture_task(rng) for _ in range(rng.choice((1, 3)))]
+    if pictures and part < 0.65:
+        scene = random_scene(rng, patterns=0.15)
+        first = Talk(*question(rng, scene), (scene,))
+        return [first, *(Talk(*question(rng, scene)) for _ in range(5))]
+    if rng.random() < 0.15:
+        return [Talk(*fact(rng)) for _ in range(8)]
+    return [_word_task(rng) for _ in range(8)]

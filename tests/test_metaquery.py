@@ -1,4 +1,4 @@
-"""The method: two passes are one pass, the MLLM is untouched, losses and guidance are their formulas."""
+"""The method: two passes are one, the MLLM is untouched, losses and guidance are formulas."""
 
 import pytest
 import torch
@@ -52,7 +52,9 @@ def test_a_batch_changes_nothing_for_its_prompts(build, mllm):
     model = build(mllm, dtype=torch.float64)
     together = model.condition(PROMPTS)[0]
     for row, prompt in enumerate(PROMPTS):
-        torch.testing.assert_close(model.condition([prompt])[0][0], together[row], atol=1e-10, rtol=1e-9)
+        torch.testing.assert_close(
+            model.condition([prompt])[0][0], together[row], atol=1e-10, rtol=1e-9
+        )
 
 
 def test_later_query_never_changes_an_earlier_state(build):
@@ -195,7 +197,9 @@ def by_hand(model, prompts, g, negative, steps, seed):
     scheduler = DPMSolverMultistepScheduler.from_config(model.scheduler.config)
     scheduler.set_timesteps(steps)
     side, channels = model.diffusion.config.sample_size, model.diffusion.config.in_channels
-    x = torch.randn(len(prompts), channels, side, side, generator=torch.Generator().manual_seed(seed))
+    x = torch.randn(
+        len(prompts), channels, side, side, generator=torch.Generator().manual_seed(seed)
+    )
     for t in scheduler.timesteps:
         v, free = (model.denoise(x, t.expand(len(x)), c, None) for c in (text, empty))
         x = scheduler.step(free + g * (v - free), t, x).prev_sample
@@ -233,7 +237,9 @@ def test_conditions_are_computed_once(build):
     """Once per prompt: not once per step nor per picture."""
     model = build("qwen")
     asked, plain = [], model.condition
-    model.condition = lambda prompts, images=None: asked.append(len(prompts)) or plain(prompts, images)
+    model.condition = lambda prompts, images=None: (
+        asked.append(len(prompts)) or plain(prompts, images)
+    )
     pictures = model.generate(PROMPTS, num_images_per_prompt=4, num_inference_steps=3)
     assert len(pictures) == 12 and asked == [3, 3]
 
@@ -262,7 +268,9 @@ def test_folders_inside_a_checkpoint_move_with_it(build, parts, tmp_path):
     import shutil
 
     shutil.copytree(parts / "qwen", tmp_path / "one" / "mllm")
-    config = MetaQueryConfig(str(tmp_path / "one" / "mllm"), str(parts / "sana"), 4, connector_layers=1)
+    config = MetaQueryConfig(
+        str(tmp_path / "one" / "mllm"), str(parts / "sana"), 4, connector_layers=1
+    )
     MetaQuery(config).save_pretrained(tmp_path / "one")
     (tmp_path / "one").rename(tmp_path / "two")
     assert MetaQuery.from_pretrained(tmp_path / "two").config.mllm == str(tmp_path / "two" / "mllm")
@@ -272,7 +280,10 @@ def test_prompt_holds_the_system_prompt_and_ends_where_the_mllm_would_speak(buil
     model = build()
     ids = model.prepare(["a red star"])["input_ids"][0]
     text = model.processor.tokenizer.decode(ids)
-    assert text.startswith("<|im_start|>system\n" + SYSTEM_PROMPT.lower()[:8]) or SYSTEM_PROMPT[:8] in text
+    assert (
+        text.startswith("<|im_start|>system\n" + SYSTEM_PROMPT.lower()[:8])
+        or SYSTEM_PROMPT[:8] in text
+    )
     assert text.endswith("a red star<|im_end|>\n<|im_start|>assistant\n")
 
 

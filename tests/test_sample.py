@@ -34,7 +34,9 @@ def test_readme_commands(tmp_path):
     commands = [line for line in blocks.splitlines() if "python sample.py" in line]
     assert any("pip install -r requirements.txt && python sample.py" in line for line in commands)
     assert "pip install -r requirements.txt pytest && python -m pytest" in blocks
-    assert any("python train.py --size tiny --stage pretrain" in line for line in blocks.splitlines())
+    assert any(
+        "python train.py --size tiny --stage pretrain" in line for line in blocks.splitlines()
+    )
     for line in commands:
         line = line.split("&&")[-1].split("#")[0].strip().replace("python", sys.executable, 1)
         if "runs/" in line:
@@ -44,7 +46,9 @@ def test_readme_commands(tmp_path):
         (tmp_path / "prompts.txt").write_text("a red star\na blue circle\n")
         line += " --limit 2" if "--benchmark" in line else ""
         line += "" if "--out" in line else f" --out {tmp_path}/readme.png"
-        done = subprocess.run(line, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            line, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=300
+        )
         assert done.returncode == 0, (line, done.stderr)
 
 
@@ -72,7 +76,9 @@ def test_a_sentence_becomes_its_picture(tiny):
 def test_same_seed_same_picture_alone_or_in_a_file(tmp_path):
     (tmp_path / "p.txt").write_text("a green square\n\na red star\n")
     (tmp_path / "p.jsonl").write_text('{"prompt": "a green square"}\n{"prompt": "a red star"}\n')
-    assert cli("a red star", "--seed", 4, "--steps", 4, "--out", tmp_path / "one.png").returncode == 0
+    assert (
+        cli("a red star", "--seed", 4, "--steps", 4, "--out", tmp_path / "one.png").returncode == 0
+    )
     for name in ("p.txt", "p.jsonl"):
         out = tmp_path / name.replace(".", "-")
         done = cli("--prompts", tmp_path / name, "--seed", 4, "--steps", 4, "--out", out)
@@ -83,11 +89,17 @@ def test_same_seed_same_picture_alone_or_in_a_file(tmp_path):
 
 
 def test_several_pictures_are_a_grid_or_numbered_files(tmp_path):
-    assert cli("a star", "--num-images", 4, "--steps", 2, "--out", tmp_path / "g.png").returncode == 0
+    assert (
+        cli("a star", "--num-images", 4, "--steps", 2, "--out", tmp_path / "g.png").returncode == 0
+    )
     assert Image.open(tmp_path / "g.png").size == (130, 130)
     done = cli("", "--num-images", 3, "--steps", 2, "--out", tmp_path / "many")
     assert done.returncode == 0 and str(tmp_path / "many") in done.stdout
-    assert [p.name for p in sorted((tmp_path / "many").iterdir())] == ["00000.png", "00001.png", "00002.png"]
+    assert [p.name for p in sorted((tmp_path / "many").iterdir())] == [
+        "00000.png",
+        "00001.png",
+        "00002.png",
+    ]
 
 
 def test_benchmark_prints_a_table_and_writes_it(tmp_path):
@@ -125,7 +137,9 @@ def words_of(text):
     from data.shapes import COLORS, NUMBERS, SHAPES
 
     found = {}
-    for number, color, shape in re.findall(rf"(\w+) ({'|'.join(COLORS)}) ({'|'.join(SHAPES)})", text):
+    for number, color, shape in re.findall(
+        rf"(\w+) ({'|'.join(COLORS)}) ({'|'.join(SHAPES)})", text
+    ):
         found[color, shape] = found.get((color, shape), 0) + (
             NUMBERS.index(number) if number in NUMBERS else 1
         )

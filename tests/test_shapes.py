@@ -26,7 +26,7 @@ from data.shapes import (
     sample,
     satisfies,
     score,
-    talk,
+    talks,
 )
 
 
@@ -61,7 +61,9 @@ def test_scorer_reads_soft_pictures_and_refuses_smudges():
     soft = [render(scene).filter(ImageFilter.GaussianBlur(0.6)) for scene in scenes]
     seen = [read(picture) for picture in soft]
     named = [
-        clear and sorted((o.shape, o.color) for o in s.objects) == sorted((o.shape, o.color) for o in scene.objects)
+        clear
+        and sorted((o.shape, o.color) for o in s.objects)
+        == sorted((o.shape, o.color) for o in scene.objects)
         for (s, clear), scene in zip(seen, scenes, strict=True)
     ]
     assert sum(named) >= 0.97 * len(named)
@@ -120,8 +122,11 @@ def test_held_out_pairs_are_in_no_training_text():
     """Neither a caption nor what the toy MLLM learns from names one; the held-out kind does."""
     names = [f"{color} {shape}" for shape, color in HELD_OUT]
     rng = random.Random(1)
-    texts = [sample(kind, i).prompt for kind in TEXT_KINDS if kind != "held-out" for i in range(300)]
-    texts += [words for t in (talk(rng) for _ in range(3000)) for words in (t.user, t.assistant)]
+    texts = [
+        sample(kind, i).prompt for kind in TEXT_KINDS if kind != "held-out" for i in range(300)
+    ]
+    turns = [turn for _ in range(1000) for turn in talks(rng)]
+    texts += [words for turn in turns for words in (turn.user, turn.assistant)]
     assert not [text for text in texts for name in names if name in text]
     for i in range(40):
         made = sample("held-out", i, split="test")
@@ -141,7 +146,8 @@ def test_six_kinds_ask_for_what_their_words_say(samples):
 def test_colours_have_their_names_hue():
     """Hue in degrees, as a person or another program would judge it."""
     ranges = {"red": (345, 15), "orange": (20, 42), "yellow": (45, 65), "green": (90, 150),
-              "blue": (215, 250), "purple": (270, 310), "pink": (310, 345), "brown": (15, 40)}  # fmt: skip
+              "blue": (215, 250), "purple": (270, 310), "pink": (310, 345),
+              "brown": (15, 40)}  # fmt: skip
     for name, (least, most) in ranges.items():
         hue, _, value = colorsys.rgb_to_hsv(*(channel / 255 for channel in COLORS[name]))
         degrees = hue * 360

@@ -16,7 +16,9 @@ ROOT = Path(__file__).parent.parent
 def run(command, **environment):
     """Run a command line from the project's root; returns the finished process."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
 
 
 def train(parts, out, *flags, torchrun=0):
@@ -25,7 +27,8 @@ def train(parts, out, *flags, torchrun=0):
         start += ["-m", "torch.distributed.run", f"--nproc-per-node={torchrun}", "--master-port=0"]
         start += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
     command = [
-        *start, "train.py", "--mllm", parts / "llava", "--diffusion", parts / "sana64", "--out", out,
+        *start, "train.py", "--mllm", parts / "llava", "--diffusion", parts / "sana64",
+        "--out", out,
         "--num-queries", "4", "--connector-layers", "1", "--batch-size", "4", "--warmup", "2",
         "--steps", "6", *flags,
     ]  # fmt: skip
