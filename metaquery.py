@@ -10,10 +10,10 @@ and the paper's sizes run the same code; only a preset differs.
 
 import json
 import os
-import sys
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -38,21 +38,11 @@ SYSTEM_PROMPT = (
 )
 MAX_PROMPT_TOKENS = 256
 TINY = Path(__file__).resolve().parent / "weights" / "tiny"
-CHOICES = {
-    "connector": ("enc-proj", "proj-enc"),
-    "condition": ("queries", "random", "last_layer"),
-}
 SANA = "Efficient-Large-Model/Sana_1600M_512px_diffusers"
 
 
 class InputError(ValueError):
     """Bad input that a person can mend; its text is one line that says what is wrong and how."""
-
-
-def fail(message):
-    """End a command on bad input: one line on stderr, exit code 2."""
-    print("error: " + " ".join(str(message).split()), file=sys.stderr)
-    sys.exit(2)
 
 
 @dataclass
@@ -68,19 +58,19 @@ class MetaQueryConfig:
     mllm: str = str(TINY / "mllm")
     diffusion: str = str(TINY / "diffusion")
     num_queries: int = 16
-    connector: str = "enc-proj"
+    connector: Literal["enc-proj", "proj-enc"] = "enc-proj"
     connector_layers: int = 3
-    condition: str = "queries"
+    condition: Literal["queries", "random", "last_layer"] = "queries"
     train_mllm: bool = False
     train_diffusion: bool = True
 
     def __post_init__(self):
-        for name, values in CHOICES.items():
-            if getattr(self, name) not in values:
-                raise InputError(f"unknown {name} {getattr(self, name)!r}: choose one of {values}.")
-        for name in ("num_queries", "connector_layers"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}: it must be at least 1.")
+        for field in fields(self):
+            value, allowed = getattr(self, field.name), get_args(field.type)
+            if allowed and value not in allowed:
+                raise InputError(f"unknown {field.name} {value!r}: choose one of {allowed}.")
+            if field.type is int and value < 1:
+                raise InputError(f"{field.name} is {value}: it must be at least 1.")
 
     @classmethod
     def preset(cls, size):
@@ -90,14 +80,13 @@ class MetaQueryConfig:
         return cls(**PRESETS[size])
 
 
+PAPER = {"diffusion": SANA, "num_queries": 256, "connector_layers": 24}
 PRESETS = {
     "tiny": {},
-    "base": {"mllm": "llava-hf/llava-onevision-qwen2-0.5b-ov-hf"},
-    "large": {"mllm": "Qwen/Qwen2.5-VL-3B-Instruct"},
-    "xlarge": {"mllm": "Qwen/Qwen2.5-VL-7B-Instruct"},
+    "base": PAPER | {"mllm": "llava-hf/llava-onevision-qwen2-0.5b-ov-hf"},
+    "large": PAPER | {"mllm": "Qwen/Qwen2.5-VL-3B-Instruct"},
+    "xlarge": PAPER | {"mllm": "Qwen/Qwen2.5-VL-7B-Instruct"},
 }
-for _size in ("base", "large", "xlarge"):
-    PRESETS[_size] |= {"diffusion": SANA, "num_queries": 256, "connector_layers": 24}
 
 
 class ConnectorLayer(nn.Module):
@@ -187,9 +176,8 @@ class MetaQuery(nn.Module):
     def __init__(self, config, dtype=torch.float32):
         super().__init__()
         self.config = config
-        self.mllm, self.processor, self.diffusion, self.vae, self.scheduler = load_parts(
-            config, dtype
-        )
+        self.mllm, self.processor, *rest = load_parts(config, dtype)
+        self.diffusion, self.vae, self.scheduler = rest
         self.sees = hasattr(self.mllm.config, "vision_config")
         self.is_flow = "flow" in str(self.scheduler.config.get("prediction_type"))
         self.scale = self.vae.config.scaling_factor
@@ -334,22 +322,18 @@ class MetaQuery(nn.Module):
         image_guidance_scale ≤ 1 drops the first branch. `generator` seeds the starting noise.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        branches, weights = [(prompts, images)], [guidance_scale]
-        negative = [negative_prompt] * len(prompts)
-        if images is not None and image_guidance_scale > 1:
-            branches += [(negative, images), (negative, black(images))]
+        images = [None] * len(prompts) if images is None else list(images)
+        negative, weights = [negative_prompt] * len(prompts), [guidance_scale]
+        texts, pictures = [*prompts], [*images]
+        if any(images) and image_guidance_scale > 1:
+            texts, pictures = texts + negative * 2, pictures + images + black(images)
             weights += [image_guidance_scale - guidance_scale, 1 - image_guidance_scale]
         elif guidance_scale != 1:
-            branches.append((negative, images))
+            texts, pictures = texts + negative, pictures + images
             weights.append(1 - guidance_scale)
-        conditions = [self.condition(*branch) for branch in branches]
-        longest = max(c.shape[1] for c, _ in conditions)
-        condition = torch.cat([F.pad(c, (0, 0, longest - c.shape[1], 0)) for c, _ in conditions])
+        condition, mask = self.condition(texts, pictures)
         condition = condition.repeat_interleave(num_images_per_prompt, 0)
-        mask = None
-        if conditions[0][1] is not None:
-            mask = torch.cat([F.pad(m, (longest - m.shape[1], 0)) for _, m in conditions])
-            mask = mask.repeat_interleave(num_images_per_prompt, 0)
+        mask = None if mask is None else mask.repeat_interleave(num_images_per_prompt, 0)
         scheduler = DPMSolverMultistepScheduler.from_config(self.scheduler.config)
         scheduler.set_timesteps(num_inference_steps, device=self.device)
         side, channels = self.diffusion.config.sample_size, self.diffusion.config.in_channels
@@ -357,9 +341,9 @@ class MetaQuery(nn.Module):
         x = randn_tensor((number, channels, side, side), generator, self.device, torch.float32)
         x = x * scheduler.init_noise_sigma
         for timestep in scheduler.timesteps:
-            noisy = scheduler.scale_model_input(x, timestep).repeat(len(branches), 1, 1, 1)
+            noisy = scheduler.scale_model_input(x, timestep).repeat(len(weights), 1, 1, 1)
             noisy, steps = noisy.to(condition.dtype), timestep.expand(len(noisy))
-            predictions = self.denoise(noisy, steps, condition, mask).chunk(len(branches))
+            predictions = self.denoise(noisy, steps, condition, mask).chunk(len(weights))
             guided = sum(w * p for w, p in zip(weights, predictions, strict=True))
             x = scheduler.step(guided, timestep, x).prev_sample
         return self.decode_latents(x)
@@ -378,15 +362,11 @@ class MetaQuery(nn.Module):
 
     def trained_state(self):
         """What a checkpoint holds: queries, connector and what else the config trains."""
-        config = self.config
-        kept = ["queries", "connector.", *["mllm."] * config.train_mllm]
-        kept = tuple(kept + ["diffusion."] * config.train_diffusion)
-        seen = {}
-        return {
-            name: weights.contiguous()
-            for name, weights in self.state_dict().items()
-            if name.startswith(kept) and seen.setdefault(weights.data_ptr(), name) == name
-        }
+        kept = ["queries", "connector.", *["mllm."] * self.config.train_mllm]
+        kept += ["diffusion."] * self.config.train_diffusion
+        state = {k: v for k, v in self.state_dict().items() if k.startswith(tuple(kept))}
+        first = {weights.data_ptr(): name for name, weights in reversed(state.items())}
+        return {name: state[name].contiguous() for name in sorted(first.values())}
 
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32, **changes):
@@ -405,10 +385,8 @@ class MetaQuery(nn.Module):
                 beside = folder / saved[name]
                 saved[name] = str(beside) if beside.exists() else saved[name]
             config = MetaQueryConfig(**(saved | changes))
-        except (ValueError, SafetensorError) as error:
-            raise InputError(f"{folder} is damaged ({error}): take an older step.") from None
-        except (TypeError, KeyError, AttributeError) as error:
-            raise InputError(f"{folder}/config.json is no MetaQuery config: {error}.") from None
+        except (ValueError, TypeError, KeyError, SafetensorError) as error:
+            raise InputError(f"{folder} is damaged or no checkpoint: {error!r}.") from None
         model = cls(config, dtype)
         model.load_trained(state, folder)
         return model

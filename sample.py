@@ -100,7 +100,7 @@ def writable(out):
         trial.touch()
         trial.unlink()
         if path.suffix and path.is_dir():
-            raise IsADirectoryError("it is a folder")
+            raise OSError("it is a folder")
     except OSError as error:
         stop(f"cannot write to --out {out} ({error.strerror or error}): choose another place.")
     return path
@@ -175,6 +175,8 @@ def main():
     args = arguments()
     prompts = read_prompts(args.prompts) if args.prompts else [args.prompt]
     out = writable(args.out or ("samples" if args.prompts else "sample.png"))
+    if out.suffix.lower() not in ("", ".png", ".jpg", ".jpeg", ".webp"):
+        stop(f"--out {out} is no kind of picture: end it in .png, .jpg or .webp, or name a folder.")
     if args.json:
         writable(args.json)
 

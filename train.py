@@ -28,7 +28,8 @@ from tqdm import tqdm
 from transformers import HfArgumentParser, get_cosine_with_min_lr_schedule_with_warmup
 
 from data.shapes import SIX_KINDS, sample
-from metaquery import InputError, MetaQuery, MetaQueryConfig, fail
+from metaquery import InputError, MetaQuery, MetaQueryConfig
+from sample import grid, stop
 
 # What a stage draws, with weights, and how often its text condition is dropped (DESIGN §3).
 STAGES = {
@@ -140,8 +141,6 @@ def resume(model, optimizer, schedule, out, config):
 
 def draw_samples(model, path):
     """Save a grid of eight fixed unseen prompts from fixed noise, so that one sees it learn."""
-    from sample import grid
-
     kinds = (*SIX_KINDS, "dense", "held-out")
     prompts = [sample(kind, 0, split="test").prompt for kind in kinds]
     generator = torch.Generator().manual_seed(0)
@@ -251,7 +250,7 @@ def train(config, model_config):
 def main():
     try:
         parser = HfArgumentParser((TrainConfig, MetaQueryConfig), description=__doc__)
-        parser.error = lambda message: fail(message)
+        parser.error = lambda message: stop(message)
         size = parser.parse_known_args()[0].size
         parser.set_defaults(**asdict(MetaQueryConfig.preset(size)))
         config, model_config, rest = parser.parse_args_into_dataclasses(
@@ -261,7 +260,7 @@ def main():
             raise InputError(f"unknown flag {rest[0]}: see train.py --help.")
         train(config, model_config)
     except InputError as error:
-        fail(error)
+        stop(error)
 
 
 if __name__ == "__main__":

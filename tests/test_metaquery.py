@@ -241,7 +241,7 @@ def test_conditions_are_computed_once(build):
         asked.append(len(prompts)) or plain(prompts, images)
     )
     pictures = model.generate(PROMPTS, num_images_per_prompt=4, num_inference_steps=3)
-    assert len(pictures) == 12 and asked == [3, 3]
+    assert len(pictures) == 12 and asked == [6]
 
 
 @pytest.mark.parametrize("train_diffusion", [True, False])
