@@ -181,9 +181,11 @@ def main():
         writable(args.json)
 
     import torch
+    from transformers.utils.logging import disable_progress_bar
 
     from metaquery import InputError, MetaQuery, MetaQueryConfig
 
+    disable_progress_bar()
     try:
         MetaQueryConfig.preset(args.size)
         folder = args.checkpoint or HERE / "weights" / args.size

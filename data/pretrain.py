@@ -1,6 +1,6 @@
 """Make the tiny world's frozen, "pre-trained" parts, each as its real counterpart was made.
 
-    python data/pretrain.py --out weights/tiny        every part that is not there yet, in order
+    python data/pretrain.py --out weights/new        every part that is not there yet, in order
 
 vae        a toy DC-AE (Sana's autoencoder), trained to redraw random scenes
 vision     a toy SigLIP tower, taught what each patch shows; it is the MLLM's eye
@@ -9,7 +9,7 @@ mllm       LLaVA-OneVision of the two: projector and language model learn to tal
 diffusion  a toy Sana, conditioned on the last-layer embeddings of `llm`, as Sana is on Gemma's
 
 Each part is saved in the hub's own layout, so that `from_pretrained(folder)` loads it like the
-real one. About two hours on two cores.
+real one; vision/, llm/ and mllm-words/ are steps on the way. About two hours on two cores.
 """
 
 import argparse
@@ -463,8 +463,8 @@ def align(model, tokenizer, out, steps=600):
 def train_mllm(out, steps):
     """LLaVA-OneVision: the language model goes on with words, then learns of pictures with them.
 
-    The tower stays as it is. The projector first learns each patch's words, then learns together
-    with the language model.
+    The tower stays as it is. The projector learns each patch's words, then stays as it is too:
+    trained on, it drifts away from the words and the language model no longer reads it.
     """
     processor = AutoProcessor.from_pretrained(out / "mllm")
     tower = SiglipVisionModel.from_pretrained(out / "vision")
@@ -490,6 +490,7 @@ def train_mllm(out, steps):
     model.model.vision_tower.requires_grad_(False)
     model.model.language_model.load_state_dict(language.model.state_dict())
     align(model, processor.tokenizer, out)
+    model.model.multi_modal_projector.requires_grad_(False)
     rng = random.Random("mllm")
     batches = []
 
@@ -516,7 +517,7 @@ def train_mllm(out, steps):
             right[name] = sum(exact) / len(exact)
         return right | restatements(model, processor.tokenizer, ("position", "dense", "knowledge"))
 
-    fit("mllm", [model], loss_of_step, steps, 1.5e-3, out, evaluate)
+    fit("mllm", [model], loss_of_step, steps, 1e-3, out, evaluate)
     model.generation_config.eos_token_id = config.eos_token_id
     model.generation_config.pad_token_id = config.pad_token_id
     model.to(torch.bfloat16).save_pretrained(out / "mllm")
@@ -537,7 +538,7 @@ def caption_states(language, tokenizer, prompts):
     return states[:, skip:], inputs["attention_mask"][:, skip:]
 
 
-def train_diffusion(out, steps, number=48000):
+def train_diffusion(out, steps, number=32000):
     """A toy Sana on captions alone: 8x8 latents, 6 layers, 192 wide, flow matching."""
     tokenizer = AutoProcessor.from_pretrained(out / "mllm").tokenizer
     language = Qwen2ForCausalLM.from_pretrained(out / "llm").eval()
@@ -625,22 +626,29 @@ def train_diffusion(out, steps, number=48000):
     scheduler.save_pretrained(out / "diffusion" / "scheduler")
 
 
-if __name__ == "__main__":
+# Each part's maker, its steps and the file that says that it is there.
+PARTS = {
+    "vae": (train_vae, 5500, "diffusion/vae/config.json"),
+    "vision": (train_vision, 3200, "vision/config.json"),
+    "llm": (train_llm, 1500, "llm/config.json"),
+    "mllm": (train_mllm, 2800, "mllm/config.json"),
+    "diffusion": (train_diffusion, 9500, "diffusion/transformer/config.json"),
+}
+
+
+def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("weights/tiny"))
-    parser.add_argument("--part", choices=["vae", "vision", "llm", "mllm", "diffusion"])
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("weights/new"))
+    parser.add_argument("--part", choices=list(PARTS), help="make this part only, anew")
+    parser.add_argument("--steps", type=int, help="training steps of --part")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    if args.part == "vae":
-        train_vae(args.out, args.steps)
-    elif args.part == "diffusion":
-        train_diffusion(args.out, args.steps)
-    elif args.part == "mllm":
-        train_mllm(args.out, args.steps)
-    elif args.part == "llm":
-        train_llm(args.out, args.steps)
-    else:
-        train_vision(args.out, args.steps)
+    for name, (make, steps, made) in PARTS.items():
+        if args.part == name or (args.part is None and not (args.out / made).exists()):
+            make(args.out, args.steps or steps)
+
+
+if __name__ == "__main__":
+    main()

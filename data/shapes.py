@@ -881,7 +881,7 @@ _PICTURE_KINDS = ("edit", "edit", "one subject", "two subjects", "three subjects
 
 
 def _picture_task(rng):
-    if rng.random() < 0.5:
+    if rng.random() < 0.7:
         scene = random_scene(rng, patterns=0.15) if rng.random() < 0.97 else Scene((), "black")
         return Talk("", describe(scene), (scene,), True)
     made = sample(rng.choice(_PICTURE_KINDS), rng.randrange(1 << 40), "talk")
