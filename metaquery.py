@@ -1,8 +1,7 @@
 """MetaQuery: learnable queries transfer a frozen multimodal LLM's knowledge to a diffusion model.
 
-"Transfer between Modalities with MetaQueries" (Pan et al., 2025), in one file that reads like the
-paper: config, connector, then the model: queries, frozen forward, loss, sampling. The tiny model
-and the paper's sizes run the same code; only a preset differs.
+"Transfer between Modalities with MetaQueries" (Pan et al., 2025), in one file: config, connector,
+then the model: queries, frozen forward, loss, sampling. Sizes differ by a preset alone.
 
     model = MetaQuery.from_pretrained("weights/tiny")
     picture = model.generate(["a red star left of a blue circle"])[0]
@@ -38,7 +37,6 @@ SYSTEM_PROMPT = (
 )
 MAX_PROMPT_TOKENS = 256
 TINY = Path(__file__).resolve().parent / "weights" / "tiny"
-SANA = "Efficient-Large-Model/Sana_1600M_512px_diffusers"
 
 
 class InputError(ValueError):
@@ -80,7 +78,8 @@ class MetaQueryConfig:
         return cls(**PRESETS[size])
 
 
-PAPER = {"diffusion": SANA, "num_queries": 256, "connector_layers": 24}
+PAPER = {"diffusion": "Efficient-Large-Model/Sana_1600M_512px_diffusers"}
+PAPER |= {"num_queries": 256, "connector_layers": 24}
 PRESETS = {
     "tiny": {},
     "base": PAPER | {"mllm": "llava-hf/llava-onevision-qwen2-0.5b-ov-hf"},
@@ -169,8 +168,7 @@ class MetaQuery(nn.Module):
     """Learnable queries, a frozen MLLM, a connector and a diffusion model (Figure 1).
 
     Attributes: queries (N, d), mllm, processor, connector, diffusion, vae, scheduler, config.
-    Frozen parts are kept in `dtype`, trained ones in float32. Raises InputError where a component
-    cannot be loaded or does not fit.
+    Frozen parts are kept in `dtype`, trained ones in float32. Raises InputError on a bad part.
     """
 
     def __init__(self, config, dtype=torch.float32):
@@ -209,10 +207,8 @@ class MetaQuery(nn.Module):
         tokenizer.padding_side = "left"
         images = [list(row or []) for row in images or [None] * len(prompts)]
         if any(images) and not self.sees:
-            raise InputError(
-                f"the MLLM {self.config.mllm} reads text only: for pictures choose "
-                "LLaVA-OneVision or Qwen2.5-VL with --mllm."
-            )
+            sees = "LLaVA-OneVision or Qwen2.5-VL"
+            raise InputError(f"{self.config.mllm} reads text only: --mllm {sees} sees pictures.")
         texts = []
         for prompt, row in zip(prompts, images, strict=True):
             messages = conversation(clean(tokenizer, prompt), len(row), as_parts=self.sees)
@@ -397,10 +393,8 @@ class MetaQuery(nn.Module):
         wrong = [k for k in expected if k not in state or state[k].shape != expected[k].shape]
         wrong += [k for k in state if k not in expected]
         if wrong:
-            raise InputError(
-                f"the weights in {source} do not fit this model ({len(wrong)} differ, first "
-                f"{wrong[0]}): load them with the config and parts they were trained with."
-            )
+            names = f"{len(wrong)} differ, first {wrong[0]}"
+            raise InputError(f"weights in {source} do not fit this model's config: {names}.")
         self.load_state_dict(state, strict=False)
 
 
@@ -450,8 +444,7 @@ def load_parts(config, dtype):
         scheduler = DPMSolverMultistepScheduler if is_flow else DDPMScheduler
         scheduler = scheduler.from_pretrained(name, subfolder="scheduler")
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"cannot load {name} ({str(error).strip().splitlines()[0]}): name a folder in the "
-            "hub's layout with --mllm or --diffusion, or connect to the hub once."
-        ) from None
+        reason = f"cannot load {name} ({str(error).strip().splitlines()[0]})"
+        mend = "name a folder in the hub's layout with --mllm or --diffusion, or go online once."
+        raise InputError(f"{reason}: {mend}") from None
     return mllm, processor, diffusion, vae, scheduler
