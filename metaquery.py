@@ -382,7 +382,8 @@ class MetaQuery(nn.Module):
                 saved[name] = str(beside) if beside.exists() else saved[name]
             config = MetaQueryConfig(**(saved | changes))
         except (ValueError, TypeError, KeyError, SafetensorError) as error:
-            raise InputError(f"{folder} is damaged or no checkpoint: {error!r}.") from None
+            reason = f"{folder} is damaged or has no MetaQuery config ({error})"
+            raise InputError(f"{reason}: take an older step or train anew.") from None
         model = cls(config, dtype)
         model.load_trained(state, folder)
         return model
@@ -402,10 +403,8 @@ def conversation(prompt, pictures=0, system=SYSTEM_PROMPT, as_parts=False):
     """Chat messages of one user turn: pictures, then text. `as_parts` suits picture templates."""
     parts = [{"type": "image"}] * pictures + [{"type": "text", "text": prompt}] * bool(prompt)
     user = {"role": "user", "content": parts if as_parts or pictures else prompt}
-    if system is None:
-        return [user]
     text = [{"type": "text", "text": system}] if as_parts else system
-    return [{"role": "system", "content": text}, user]
+    return [{"role": "system", "content": text}] * (system is not None) + [user]
 
 
 def clean(tokenizer, prompt):
