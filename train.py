@@ -47,7 +47,7 @@ class TrainConfig:
     stage: str = "pretrain"
     out: str = "runs/tiny"
     data: str = "shapes"
-    steps: int = 5000
+    steps: int = 3600
     batch_size: int = 32
     micro_batch_size: int = 0
     lr: float = 1e-3
