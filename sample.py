@@ -20,7 +20,7 @@ def arguments():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.error = lambda message: stop(message)
+    parser.error = stop
     add = parser.add_argument
     add("prompt", nargs="?", help='what to draw; "" draws without a condition')
     add("--prompts", metavar="FILE", help='many prompts: one a line, or .jsonl with "prompt"')
@@ -163,9 +163,9 @@ def benchmark(model, args):
     if args.json:
         table = {"scores": shares, "pictures_per_kind": made}
         table |= {name: getattr(args, name) for name in ("seed", "steps", "guidance")}
-        writable(args.json).write_text(json.dumps(table, indent=2) + "\n")
+        Path(args.json).write_text(json.dumps(table, indent=2) + "\n")
     if args.out:
-        path = writable(args.out)
+        path = Path(args.out)
         path = path if path.suffix else path / "benchmark.png"
         grid(shown, min(10, args.limit)).save(path)
         print(f"saved {path}")

@@ -250,7 +250,7 @@ def train(config, model_config):
 def main():
     try:
         parser = HfArgumentParser((TrainConfig, MetaQueryConfig), description=__doc__)
-        parser.error = lambda message: stop(message)
+        parser.error = stop
         size = parser.parse_known_args()[0].size
         parser.set_defaults(**asdict(MetaQueryConfig.preset(size)))
         config, model_config, rest = parser.parse_args_into_dataclasses(

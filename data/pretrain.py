@@ -68,6 +68,7 @@ from data.shapes import (
     talks,
 )
 from metaquery import SYSTEM_PROMPT, conversation
+from sample import grid
 
 VISION_SIZE, VISION_PATCH = 60, 10
 
@@ -185,13 +186,13 @@ def patch_labels(scene):
     """
     labels, owners = np.zeros((SIDE * SIDE, 7), np.float32), patch_owners(scene)
     centres = (np.arange(SIDE) + 0.5) * 64 / SIDE
-    grid = np.stack(np.meshgrid(centres, centres), -1).reshape(-1, 2)
+    points = np.stack(np.meshgrid(centres, centres), -1).reshape(-1, 2)
     for number, item in enumerate(scene.objects):
         here = owners == number
         inner = 0 if item.inner is None else 1 + list(COLORS).index(item.inner)
         what = (1 + SHAPES.index(item.shape), 1 + list(COLORS).index(item.color), inner)
         labels[here, :4] = *what, PATTERNS.index(item.pattern)
-        labels[here, 4:6] = ((item.x, item.y) - grid[here]) / 32
+        labels[here, 4:6] = ((item.x, item.y) - points[here]) / 32
         labels[here, 6] = item.size / 32
     return labels
 
@@ -309,9 +310,9 @@ def world_texts():
     yield from [f"{SYSTEM_PROMPT} system user assistant"] * 100
 
 
-def language_config(tokenizer):
-    """A toy Qwen2: 6 layers, 192 wide."""
-    return Qwen2Config(
+def language_config(tokenizer, **changes):
+    """A toy Qwen2: 6 layers, 192 wide, unless `changes` say otherwise."""
+    options = dict(
         vocab_size=len(tokenizer),
         hidden_size=192,
         intermediate_size=512,
@@ -324,6 +325,7 @@ def language_config(tokenizer):
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    return Qwen2Config(**(options | changes))
 
 
 def chat(tokenizer, messages, open_end=True):
@@ -489,7 +491,8 @@ def train_mllm(out, steps):
     model.model.vision_tower.load_state_dict(tower.state_dict())
     model.model.vision_tower.requires_grad_(False)
     model.model.language_model.load_state_dict(language.model.state_dict())
-    align(model, processor.tokenizer, out)
+    if not (out / "mllm.resume").exists():
+        align(model, processor.tokenizer, out)
     model.model.multi_modal_projector.requires_grad_(False)
     rng = random.Random("mllm")
     batches = []
@@ -588,7 +591,7 @@ def train_diffusion(out, steps, number=32000):
 
     @torch.no_grad()
     def evaluate(number=16):
-        right = {}
+        right, drawn = {}, []
         for kind in (*SIX_KINDS, "dense", "held-out"):
             made = [sample(kind, i, split="test") for i in range(number)]
             states, mask = caption_states(
@@ -612,15 +615,10 @@ def train_diffusion(out, steps, number=32000):
             right[kind] = (
                 sum(score(p, s.want) for p, s in zip(pictures, made, strict=True)) / number
             )
-            grid.extend(pictures[:8])
-        sheet = Image.new("RGB", (8 * 64, len(grid) // 8 * 64))
-        for i, picture in enumerate(grid):
-            sheet.paste(picture, (i % 8 * 64, i // 8 * 64))
-        sheet.save(out / "diffusion.png")
-        grid.clear()
+            drawn += pictures[:8]
+        grid(drawn, columns=8).save(out / "diffusion.png")
         return right
 
-    grid = []
     fit("diffusion", [sana], loss_of_step, steps, 1e-3, out, evaluate)
     sana.to(torch.bfloat16).save_pretrained(out / "diffusion" / "transformer")
     scheduler.save_pretrained(out / "diffusion" / "scheduler")

@@ -9,25 +9,19 @@ import pytest
 import torch
 import transformers
 
-from data.pretrain import make_processor, make_tokenizer
+from data.pretrain import language_config, make_processor, make_tokenizer
 from metaquery import SYSTEM_PROMPT, MetaQuery, MetaQueryConfig
 
 WORDS = [f"{SYSTEM_PROMPT} system user assistant a red star left of a blue circle"] * 9
 
 
-def language_config(tokenizer, **changes):
-    options = dict(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return transformers.Qwen2Config(**(options | changes))
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 def make_llava(folder):
@@ -43,7 +37,7 @@ def make_llava(folder):
             patch_size=8,
             vision_use_head=False,
         ),
-        text_config=language_config(tokenizer),
+        text_config=language_config(tokenizer, **SMALL),
         image_token_index=processor.image_token_id,
         video_token_index=processor.video_token_id,
         image_grid_pinpoints=[[16, 16]],
@@ -54,7 +48,7 @@ def make_llava(folder):
 
 def make_qwen(folder):
     tokenizer = make_tokenizer(WORDS, 400)
-    transformers.Qwen2ForCausalLM(language_config(tokenizer)).save_pretrained(folder)
+    transformers.Qwen2ForCausalLM(language_config(tokenizer, **SMALL)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
