@@ -14,28 +14,24 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
 
+import diffusers
+import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoModel, DDPMScheduler, DPMSolverMultistepScheduler
+import transformers
 from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torchvision.transforms.functional import InterpolationMode, center_crop, resize
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    AutoTokenizer,
-)
+from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
 SYSTEM_PROMPT = (
     "You will be given an image or its caption. "
     "Please describe the content of the image in detail in your own words."
 )
-MAX_PROMPT_TOKENS = 256
+MAX_PROMPT_TOKENS, MAX_PICTURES = 256, 6
+BICUBIC = Image.Resampling.BICUBIC
 TINY = Path(__file__).resolve().parent / "weights" / "tiny"
 
 
@@ -103,21 +99,15 @@ class ConnectorLayer(nn.Module):
         self.down = nn.Linear(4 * dim, dim, bias=False)
 
     def forward(self, x, cos, sin, mask):
-        """x (B, L, dim); cos and sin (L, 64); mask (B, 1, 1, L) bool, False at padding, or None."""
+        """x (B, L, dim); cos, sin (1, L, 64); mask (B, 1, 1, L) bool, False at padding, or None."""
         heads = self.qkv(self.attention_norm(x)).unflatten(-1, (3, -1, 64)).transpose(1, 3)
         q, k, v = heads.unbind(2)
-        q = self.query_norm(rotate(q, cos, sin)).to(v.dtype)
-        k = self.key_norm(rotate(k, cos, sin)).to(v.dtype)
+        q, k = apply_rotary_pos_emb(q, k, cos, sin)
+        q, k = self.query_norm(q).to(v.dtype), self.key_norm(k).to(v.dtype)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         x = x + self.out(attended.transpose(1, 2).flatten(2))
         h = self.mlp_norm(x)
         return x + self.down(F.silu(self.gate(h)) * self.up(h))
-
-
-def rotate(x, cos, sin):
-    """Rotary position embedding of x (B, heads, L, 64) (RoPE, as in Qwen2)."""
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat([-second, first], -1) * sin
 
 
 class Connector(nn.Module):
@@ -145,22 +135,16 @@ class Connector(nn.Module):
                     nn.init.zeros_(module.bias)
         nn.init.constant_(self.norm.weight, gain)
 
-    def encode(self, x, mask):
-        """The encoder alone: (B, L, width) to (B, L, width)."""
+    def forward(self, x, mask=None):
+        """x (B, L, dim) and a mask (B, L) of its real tokens, or None, to (B, L, condition_dim)."""
+        x = self.projection(x) if self.design == "proj-enc" else x
         frequencies = 10_000 ** (-torch.arange(0, 64, 2, device=x.device).float() / 64)
-        angles = torch.arange(x.shape[1], device=x.device).float()[:, None] * frequencies
-        cos, sin = (f(angles).repeat(1, 2).to(x.dtype) for f in (torch.cos, torch.sin))
+        angles = torch.arange(x.shape[1], device=x.device).float()[None, :, None] * frequencies
+        cos, sin = (f(angles).repeat(1, 1, 2).to(x.dtype) for f in (torch.cos, torch.sin))
         mask = None if mask is None else mask[:, None, None].bool()
         for layer in self.layers:
             x = layer(x, cos, sin, mask)
-        return x
-
-    def forward(self, x, mask=None):
-        """x (B, L, dim) and a mask (B, L) of its real tokens, or None, to (B, L, condition_dim)."""
-        if self.design == "enc-proj":
-            x = self.projection(self.encode(x, mask))
-        else:
-            x = self.encode(self.projection(x), mask)
+        x = self.projection(x) if self.design == "enc-proj" else x
         return self.norm(x.to(self.norm.weight.dtype))
 
 
@@ -174,8 +158,8 @@ class MetaQuery(nn.Module):
     def __init__(self, config, dtype=torch.float32):
         super().__init__()
         self.config = config
-        self.mllm, self.processor, *rest = load_parts(config, dtype)
-        self.diffusion, self.vae, self.scheduler = rest
+        self.mllm, self.processor, self.diffusion, *rest = load_parts(config, dtype)
+        self.vae, self.scheduler = rest
         self.sees = hasattr(self.mllm.config, "vision_config")
         self.is_flow = "flow" in str(self.scheduler.config.get("prediction_type"))
         self.scale = self.vae.config.scaling_factor
@@ -187,45 +171,42 @@ class MetaQuery(nn.Module):
         self.connector = Connector(d, width, config.connector_layers, config.connector, gain)
         self.queries.requires_grad_(config.condition == "queries")
         self.vae.requires_grad_(False)
-        self.mllm.requires_grad_(config.train_mllm)
-        self.diffusion.requires_grad_(config.train_diffusion)
-        for module in (self.mllm, self.diffusion):
-            if next(module.parameters()).requires_grad:
-                module.float()
+        for part, trained in (
+            (self.mllm, config.train_mllm),
+            (self.diffusion, config.train_diffusion),
+        ):
+            part.requires_grad_(trained).to(torch.float32 if trained else dtype)
 
-    @property
-    def device(self):
-        return self.queries.device
-
-    def prepare(self, prompts, images=None):
+    def prepare(self, prompts, images=None, system=SYSTEM_PROMPT):
         """Prompts and pictures as the MLLM's inputs, padded on the left, on the model's device.
 
-        images: per prompt a list of PIL pictures, or None. A prompt of over 256 tokens is cut,
-        with a warning. Raises InputError where a text-only MLLM is given pictures.
+        images: per prompt a list of PIL pictures of any mode, or None. A prompt of over 256 tokens
+        is cut, with a warning. With a `system` prompt, pictures are cut as conditions are (§3.1);
+        without one they go as they are. Raises InputError where a text-only MLLM is given
+        pictures, or one prompt more than 6.
         """
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
         tokenizer.padding_side = "left"
-        images = [list(row or []) for row in images or [None] * len(prompts)]
+        images = [[rgb(p) for p in row or []] for row in images or [None] * len(prompts)]
         if any(images) and not self.sees:
             sees = "LLaVA-OneVision or Qwen2.5-VL"
             raise InputError(f"{self.config.mllm} reads text only: --mllm {sees} sees pictures.")
+        if (most := max(map(len, images))) > MAX_PICTURES:
+            raise InputError(f"{most} pictures for one prompt: give at most {MAX_PICTURES}.")
         texts = []
         for prompt, row in zip(prompts, images, strict=True):
-            messages = conversation(clean(tokenizer, prompt), len(row), as_parts=self.sees)
+            messages = conversation(clean(tokenizer, prompt), len(row), system, self.sees)
             options = {"tokenize": False, "add_generation_prompt": True}
             texts.append(self.processor.apply_chat_template(messages, **options))
-        pictures = [[self.fit_picture(picture) for picture in row] for row in images]
-        pictures = {"images": pictures} if any(images) else {}
-        reader = self.processor if pictures else tokenizer
-        return reader(text=texts, **pictures, padding=True, return_tensors="pt").to(self.device)
-
-    def fit_picture(self, picture):
-        """A PIL picture as the MLLM takes it: LLaVA-OneVision's are cut to its tower's square."""
-        picture = picture.convert("RGB")
-        if self.mllm.config.model_type == "llava_onevision":
-            side = self.mllm.config.vision_config.image_size
-            picture = center_crop(resize(picture, side, InterpolationMode.BICUBIC), side)
-        return picture
+        options = {"padding": True, "return_tensors": "pt"}
+        if not any(images):
+            return tokenizer(texts, **options).to(self.queries.device)
+        if system and self.mllm.config.model_type == "llava_onevision":
+            square = (self.mllm.config.vision_config.image_size,) * 2
+            images = [[ImageOps.fit(p, square, BICUBIC) for p in row] for row in images]
+        elif system:
+            options["size"] = {"shortest_edge": 256 * 28 * 28, "longest_edge": 1280 * 28 * 28}
+        return self.processor(text=texts, images=images, **options).to(self.queries.device)
 
     def condition(self, prompts, images=None):
         """Conditions for the diffusion model (§3.1): (B, L, c), and its mask (B, L) or None.
@@ -238,20 +219,21 @@ class MetaQuery(nn.Module):
         inputs = self.prepare(prompts, images)
         mask, backbone = inputs.pop("attention_mask"), self.mllm.base_model
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        if "image_grid_thw" in inputs:  # Qwen2.5-VL counts along time, height and width (3, B, L)
+            ids = {name: value for name, value in inputs.items() if name != "pixel_values"}
+            positions = backbone.get_rope_index(**ids, attention_mask=mask)[0]
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.train_mllm):
             prompt = backbone(**inputs, attention_mask=mask, position_ids=positions, use_cache=True)
         trained = self.connector.norm.weight.dtype
         if self.config.condition == "last_layer":
             return self.connector(prompt.last_hidden_state.to(trained), mask), mask
         queries = self.queries.to(self.mllm.dtype).expand(len(prompts), -1, -1)
-        positions = mask.sum(-1, keepdim=True) + torch.arange(len(self.queries), device=mask.device)
+        after = 1 + torch.arange(len(self.queries), device=mask.device)
         hidden = backbone(
-            inputs_embeds=queries,
+            inputs_embeds=queries, past_key_values=prompt.past_key_values, use_cache=True,
             attention_mask=torch.cat([mask, mask.new_ones(queries.shape[:2])], 1),
-            position_ids=positions,
-            past_key_values=prompt.past_key_values,
-            use_cache=True,
-        ).last_hidden_state
+            position_ids=positions.amax(-1, keepdim=True) + after,
+        ).last_hidden_state  # fmt: skip
         return self.connector(hidden.to(trained)), None
 
     @torch.no_grad()
@@ -300,17 +282,9 @@ class MetaQuery(nn.Module):
         return F.mse_loss(self.denoise(noisy, timestep, condition, mask), target)
 
     @torch.no_grad()
-    def generate(
-        self,
-        prompts,
-        images=None,
-        negative_prompt="",
-        num_inference_steps=30,
-        guidance_scale=3.0,
-        image_guidance_scale=1.5,
-        num_images_per_prompt=1,
-        generator=None,
-    ):
+    def generate(self, prompts, images=None, negative_prompt="", num_inference_steps=30,
+                 guidance_scale=3.0, image_guidance_scale=1.5, num_images_per_prompt=1,
+                 generator=None):  # fmt: skip
         """Draw pictures: a list of PIL images, `num_images_per_prompt` for each prompt in turn.
 
         Guidance: v(neg) + g·(v(text) − v(neg)); g = 1 needs no second branch. With pictures:
@@ -318,7 +292,7 @@ class MetaQuery(nn.Module):
         image_guidance_scale ≤ 1 drops the first branch. `generator` seeds the starting noise.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        images = [None] * len(prompts) if images is None else list(images)
+        images = [[rgb(p) for p in row or []] for row in images or [None] * len(prompts)]
         negative, weights = [negative_prompt] * len(prompts), [guidance_scale]
         texts, pictures = [*prompts], [*images]
         if any(images) and image_guidance_scale > 1:
@@ -330,11 +304,13 @@ class MetaQuery(nn.Module):
         condition, mask = self.condition(texts, pictures)
         condition = condition.repeat_interleave(num_images_per_prompt, 0)
         mask = None if mask is None else mask.repeat_interleave(num_images_per_prompt, 0)
-        scheduler = DPMSolverMultistepScheduler.from_config(self.scheduler.config)
-        scheduler.set_timesteps(num_inference_steps, device=self.device)
+        scheduler = diffusers.DPMSolverMultistepScheduler.from_config(self.scheduler.config)
+        scheduler.set_timesteps(num_inference_steps, device=self.queries.device)
         side, channels = self.diffusion.config.sample_size, self.diffusion.config.in_channels
         number = len(prompts) * num_images_per_prompt
-        x = randn_tensor((number, channels, side, side), generator, self.device, torch.float32)
+        x = randn_tensor(
+            (number, channels, side, side), generator, self.queries.device, torch.float32
+        )
         x = x * scheduler.init_noise_sigma
         for timestep in scheduler.timesteps:
             noisy = scheduler.scale_model_input(x, timestep).repeat(len(weights), 1, 1, 1)
@@ -343,6 +319,28 @@ class MetaQuery(nn.Module):
             guided = sum(w * p for w, p in zip(weights, predictions, strict=True))
             x = scheduler.step(guided, timestep, x).prev_sample
         return self.decode_latents(x)
+
+    @torch.no_grad()
+    def answer(self, prompt, images=None, max_new_tokens=256, system=None, streamer=None):
+        """The MLLM's own answer to a prompt about `images`, a list of PIL pictures: a text.
+
+        Greedy, by transformers' `generate`; `streamer` is one of its streamers. The queries take
+        no part in it, so it is the untouched MLLM's, token for token (§3.1).
+        """
+        inputs = self.prepare([prompt], [images], system)
+        options = {"max_new_tokens": max_new_tokens, "do_sample": False, "streamer": streamer}
+        made = self.mllm.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+        tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        return tokenizer.batch_decode(made, skip_special_tokens=True)[0].strip()
+
+    def interleave(self, prompt, images=None, max_new_tokens=256, **options):
+        """Text, then a picture: yields what the MLLM says to the prompt, then what is drawn of it.
+
+        Both come of one conversation: the queries read what the text answers. `options` are those
+        of `generate`.
+        """
+        yield self.answer(prompt, images, max_new_tokens, SYSTEM_PROMPT)
+        yield self.generate([prompt], [images], **options)[0]
 
     def save_pretrained(self, folder):
         """Write what was trained to model.safetensors; config.json names the frozen parts."""
@@ -418,29 +416,42 @@ def clean(tokenizer, prompt):
     return tokenizer.decode(ids[:MAX_PROMPT_TOKENS])
 
 
+def rgb(picture):
+    """A PIL picture of any mode as RGB: upright, 8 bits, clear parts white, cut to 100 to 1."""
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):
+        picture = Image.fromarray((np.asarray(picture) / 257).clip(0, 255).astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    width, height = picture.size
+    if max(width, height) > 100 * min(width, height):  # Qwen2.5-VL's processor refuses 200 to 1
+        picture = ImageOps.fit(picture, (min(width, 100 * height), min(height, 100 * width)))
+    return picture.convert("RGB")
+
+
 def black(images):
     """Black pictures of the same sizes: the dropped picture condition (§5.2)."""
-    return [[Image.new("RGB", picture.size) for picture in row or []] for row in images]
+    return [[Image.new("RGB", picture.size) for picture in row] for row in images]
 
 
 def load_parts(config, dtype):
     """MLLM, processor (a text-only MLLM's tokenizer), diffusion model, VAE and scheduler."""
     options = {"torch_dtype": dtype, "low_cpu_mem_usage": False}
-    name = config.mllm
+    name, auto = config.mllm, transformers
     try:
-        sees = hasattr(AutoConfig.from_pretrained(name), "vision_config")
-        mllm = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+        sees = hasattr(auto.AutoConfig.from_pretrained(name), "vision_config")
+        mllm = auto.AutoModelForImageTextToText if sees else auto.AutoModelForCausalLM
         mllm = mllm.from_pretrained(name, dtype=dtype).eval()
-        processor = (AutoProcessor if sees else AutoTokenizer).from_pretrained(name)
-        name = config.diffusion
+        processor = (auto.AutoProcessor if sees else auto.AutoTokenizer).from_pretrained(name)
+        name, auto = config.diffusion, diffusers.AutoModel
         try:
-            part = "transformer"
-            is_flow = AutoModel.load_config(name, subfolder=part)["_class_name"].startswith("Sana")
+            part, scheduler = "transformer", diffusers.DPMSolverMultistepScheduler
+            auto.load_config(name, subfolder=part)
         except OSError:
-            part, is_flow = "unet", False
-        diffusion = AutoModel.from_pretrained(name, subfolder=part, **options)
-        vae = AutoModel.from_pretrained(name, subfolder="vae", **options).eval()
-        scheduler = DPMSolverMultistepScheduler if is_flow else DDPMScheduler
+            part, scheduler = "unet", diffusers.DDPMScheduler
+        diffusion = auto.from_pretrained(name, subfolder=part, **options)
+        vae = auto.from_pretrained(name, subfolder="vae", **options).eval()
         scheduler = scheduler.from_pretrained(name, subfolder="scheduler")
     except (OSError, ValueError) as error:
         reason = f"cannot load {name} ({str(error).strip().splitlines()[0]})"

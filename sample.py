@@ -1,16 +1,21 @@
 """Draw with MetaQuery from the command line.
 
 python sample.py "a red star left of a blue circle"     draws with weights/tiny
+python sample.py "make the star green" --image a.png    edits (several --image: follows subjects)
+python sample.py --image a.png                          reconstructs
+python sample.py "how many stars?" --image a.png --ask  answers in text, by the untouched MLLM
 python sample.py --prompts FILE --out DIR               one prompt a line, or .jsonl with "prompt"
+                                                        (and "images", a list of files)
 python sample.py --benchmark shapes --json FILE         draws unseen prompts and scores them
 """
 
 import argparse
 import json
-import math
 import sys
 import time
 from pathlib import Path
+
+from data.pictures import grid, open_picture
 
 HERE = Path(__file__).resolve().parent
 BATCH = 25
@@ -23,6 +28,8 @@ def arguments():
     parser.error = stop
     add = parser.add_argument
     add("prompt", nargs="?", help='what to draw; "" draws without a condition')
+    add("--image", action="append", default=[], metavar="FILE", help="a source picture; up to 6")
+    add("--ask", action="store_true", help="answer the prompt in text; draw nothing")
     add("--prompts", metavar="FILE", help='many prompts: one a line, or .jsonl with "prompt"')
     add(
         "--benchmark", choices=["shapes"], help="draw and score the embedded world's unseen prompts"
@@ -30,32 +37,27 @@ def arguments():
     add("--limit", type=int, default=50, help="benchmark prompts a kind (default 50)")
     add("--json", metavar="FILE", help="also write the benchmark's table as JSON")
     add("--size", default="tiny", help="tiny (shipped), base, large or xlarge")
-    add(
-        "--checkpoint",
-        metavar="DIR",
-        help="a folder that train.py has saved (default weights/SIZE)",
-    )
+    add("--checkpoint", metavar="DIR", help="a folder of train.py (default weights/SIZE)")
     add("--negative-prompt", default="", help="what to steer away from")
     add("--guidance", type=float, default=3.0, help="guidance scale g; 1 is none (default 3)")
+    add("--image-guidance", type=float, default=1.5, help="g_img; at most 1 is none (default 1.5)")
     add("--steps", type=int, default=30, help="denoising steps (default 30)")
     add("--seed", type=int, default=0, help="seed of the starting noise (default 0)")
     add("--num-images", type=int, default=1, help="pictures a prompt (default 1)")
-    add(
-        "--out",
-        default=None,
-        help="x.png: that file, a grid if several; else a folder of numbered files",
-    )
-    add("--device", default=None, help="cpu, cuda, ... (default: cuda if there is one)")
+    add("--out", help="x.png: that file, a grid if several; else a folder of numbered files")
+    add("--device", help="cpu, cuda, ... (default: cuda if there is one)")
     add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     args = parser.parse_args()
-    given = [args.prompt is not None, args.prompts is not None, args.benchmark is not None]
-    if sum(given) != 1:
-        stop('give one prompt, or --prompts FILE, or --benchmark shapes (see "sample.py --help").')
-    for name, least in (("steps", 1), ("num_images", 1), ("limit", 1), ("guidance", 0)):
-        if not getattr(args, name) >= least:
-            stop(
-                f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least {least}."
-            )
+    if args.ask and args.prompt is None and not args.prompts:
+        stop('--ask needs a question: sample.py "how many stars?" --image a.png --ask.')
+    single = args.prompt is not None or bool(args.image)
+    if single + (args.prompts is not None) + (args.benchmark is not None) != 1:
+        stop('give a prompt or --image, or --prompts FILE, or --benchmark shapes (see "--help").')
+    least = {"steps": 1, "num_images": 1, "limit": 1, "guidance": 0, "image_guidance": 0}
+    for name, value in least.items():
+        if not getattr(args, name) >= value:
+            flag = name.replace("_", "-")
+            stop(f"--{flag} is {getattr(args, name)}: it must be at least {value}.")
     return args
 
 
@@ -65,29 +67,39 @@ def stop(message):
     sys.exit(2)
 
 
-def read_prompts(path):
-    """The prompts of a file: every line that is not blank, or each .jsonl line's "prompt"."""
+def read_jobs(path):
+    """(prompt, picture files) of each line of a file; a line that cannot be read as a ValueError.
+
+    A .jsonl line is {"prompt": text, "images": [file, ...]}, files as they are found from here or
+    else beside the .jsonl.
+    """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         stop(f"cannot read --prompts {path} ({error}): give a text file with one prompt a line.")
-    prompts = []
+    jobs = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        job = (line, [])
         if path.endswith(".jsonl"):
             try:
-                line = json.loads(line)["prompt"]
-                if not isinstance(line, str):
-                    raise TypeError
-            except (json.JSONDecodeError, KeyError, TypeError):
-                stop(
-                    f'{path} line {number} is no JSON object with a "prompt" text: mend that line.'
+                row = json.loads(line)
+                images = (
+                    [row["images"]] if isinstance(row.get("images"), str) else row.get("images")
                 )
-        prompts.append(line)
-    if not prompts:
+                beside = [Path(path).parent / image for image in images or []]
+                found = [b if b.exists() else i for b, i in zip(beside, images or [], strict=True)]
+                job = (row.get("prompt") or "", found)
+                if not isinstance(job[0], str) or not (found or "prompt" in row):
+                    raise TypeError
+            except (json.JSONDecodeError, AttributeError, TypeError):
+                what = f'{path} line {number} is no JSON object with a "prompt" text'
+                job = ValueError(f'{what} and "images" files, or one of them: mend that line.')
+        jobs.append(job)
+    if not jobs:
         stop(f"--prompts {path} is empty: write one prompt a line.")
-    return prompts
+    return jobs
 
 
 def writable(out):
@@ -106,74 +118,112 @@ def writable(out):
     return path
 
 
-def grid(pictures, columns=None):
-    """Pictures side by side in one PIL picture, two pixels apart, as square as they come."""
-    from PIL import Image
+def ready(jobs, errors, first=0):
+    """(number, prompt, PIL pictures) of each job that is well; the others' errors are put down.
 
-    columns = columns or math.ceil(math.sqrt(len(pictures)))
-    width, height = pictures[0].size
-    rows = math.ceil(len(pictures) / columns)
-    sheet = Image.new("RGB", (columns * (width + 2) - 2, rows * (height + 2) - 2), "white")
-    for i, picture in enumerate(pictures):
-        sheet.paste(picture, (i % columns * (width + 2), i // columns * (height + 2)))
-    return sheet
+    So nothing that can be drawn is lost where one picture or line is bad.
+    """
+    for number, job in enumerate(jobs, first):
+        try:
+            if isinstance(job, ValueError):
+                raise job
+            pictures = [open_picture(path) for path in job[1]]
+            yield number, job[0], pictures
+        except ValueError as error:
+            errors.append(f"prompt {number + 1}: {error}")
 
 
-def draw(model, prompts, args):
-    """Pictures of prompts, batch by batch: --num-images of each, from --seed."""
+def draw(model, rows, args):
+    """Pictures of (number, prompt, PIL pictures) rows: --num-images of each, from --seed."""
     import torch
+
+    _, prompts, images = zip(*rows, strict=True)
+    seeded = [torch.Generator(model.queries.device).manual_seed(args.seed) for _ in rows]
+    pictures = model.generate(
+        prompts,
+        images,
+        negative_prompt=args.negative_prompt,
+        num_inference_steps=args.steps,
+        guidance_scale=args.guidance,
+        image_guidance_scale=args.image_guidance,
+        num_images_per_prompt=args.num_images,
+        generator=[generator for generator in seeded for _ in range(args.num_images)],
+    )
+    n = args.num_images
+    return [pictures[i * n : (i + 1) * n] for i in range(len(rows))]
+
+
+def draw_jobs(model, jobs, args, out, errors):
+    """Draw every job that is well and save it at once, or all in one grid; prints where."""
     from tqdm import tqdm
 
-    for start in tqdm(range(0, len(prompts), BATCH), desc="drawing", disable=len(prompts) <= BATCH):
-        part = prompts[start : start + BATCH]
-        generators = []
-        for _ in part:
-            generators += [torch.Generator(model.device).manual_seed(args.seed)] * args.num_images
-        yield from model.generate(
-            part,
-            negative_prompt=args.negative_prompt,
-            num_inference_steps=args.steps,
-            guidance_scale=args.guidance,
-            num_images_per_prompt=args.num_images,
-            generator=generators,
-        )
+    shown, count = [], 0
+    for start in tqdm(range(0, len(jobs), BATCH), "drawing", disable=len(jobs) <= BATCH):
+        rows = list(ready(jobs[start : start + BATCH], errors, start))
+        for row, pictures in zip(rows, draw(model, rows, args) if rows else [], strict=True):
+            for i, picture in enumerate(pictures):
+                if out.suffix:
+                    shown.append(picture)
+                else:
+                    picture.save(out / f"{row[0] * args.num_images + i:05d}.png")
+            count += len(pictures)
+    if shown:
+        (shown[0] if len(shown) == 1 else grid(shown)).save(out)
+    if count:
+        print(f"saved {out}" if out.suffix else f"saved {count} pictures in {out}")
+
+
+def answer_jobs(model, jobs, errors):
+    """Print the MLLM's answer to every job that is well, as it is made."""
+    from transformers import TextStreamer
+
+    tokenizer = getattr(model.processor, "tokenizer", model.processor)
+    for _, prompt, pictures in ready(jobs, errors):
+        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        model.answer(prompt, pictures, streamer=streamer)
 
 
 def benchmark(model, args):
-    """Draw --limit unseen prompts of each kind and score them; prints and saves a table."""
-    from data.shapes import SIX_KINDS, TEXT_KINDS, sample, score
+    """Draw and answer --limit unseen cases of each kind and score them; a table, and as JSON."""
+    from tqdm import tqdm
 
-    samples = {
-        kind: [sample(kind, i, args.seed, "test") for i in range(args.limit)] for kind in TEXT_KINDS
-    }
-    began = time.time()
-    pictures = draw(model, [s.prompt for group in samples.values() for s in group], args)
-    shares, shown = {}, []
-    for kind, group in samples.items():
-        drawn = [[next(pictures) for _ in range(args.num_images)] for _ in group]
-        right = [score(p, s.want) for row, s in zip(drawn, group, strict=True) for p in row]
-        shares[kind] = sum(right) / len(right)
-        shown += [row[0] for row in drawn[:10]]
-        print(f"{kind:>16}  {shares[kind]:.3f}", flush=True)
-    shares["six-kind overall"] = sum(shares[kind] for kind in SIX_KINDS) / len(SIX_KINDS)
-    print(f"six-kind overall  {shares['six-kind overall']:.3f}")
-    made = args.limit * args.num_images
-    print(f"{made} pictures of unseen prompts a kind, seed {args.seed}, {args.steps} steps, "
-          f"guidance {args.guidance:g}, {time.time() - began:.0f} s")  # fmt: skip
+    from data.shapes import PICTURE_KINDS, SIX_KINDS, TEXT_KINDS, sample, scores, unseen_question
+
+    began, table, shown = time.time(), {}, []
+    for kind in tqdm(TEXT_KINDS + PICTURE_KINDS * model.sees, "kinds"):
+        made = [sample(kind, i, args.seed, "test") for i in range(args.limit)]
+        rows, drawn = [(i, s.prompt, s.images) for i, s in enumerate(made)], []
+        for start in range(0, len(rows), BATCH):
+            drawn += draw(model, rows[start : start + BATCH], args)
+        table |= scores([(p, s) for row, s in zip(drawn, made, strict=True) for p in row])
+        for s, row in list(zip(made, drawn, strict=True))[:10]:
+            shown += [*s.images[:1], row[0]]
+    if model.sees:
+        asked = [unseen_question(i, args.seed) for i in tqdm(range(args.limit), "answers")]
+        right = [model.answer(t.user, t.images) == t.assistant for t in asked]
+        table["answers"] = sum(right) / len(right)
+    table["six-kind overall"] = sum(table[kind] for kind in SIX_KINDS) / len(SIX_KINDS)
+    for name, value in table.items():
+        print(f"{name:>20}  {value:.3f}")
+    cases = args.limit * args.num_images
+    print(f"{cases} unseen cases a kind, seed {args.seed}, {args.steps} steps, "
+          f"guidance {args.guidance:g}, image guidance {args.image_guidance:g}, "
+          f"{time.time() - began:.0f} s")  # fmt: skip
     if args.json:
-        table = {"scores": shares, "pictures_per_kind": made}
-        table |= {name: getattr(args, name) for name in ("seed", "steps", "guidance")}
-        Path(args.json).write_text(json.dumps(table, indent=2) + "\n")
+        names = ("seed", "steps", "guidance", "image_guidance")
+        settings = {name: getattr(args, name) for name in names}
+        written = {"scores": table, "pictures_per_kind": cases} | settings
+        Path(args.json).write_text(json.dumps(written, indent=2) + "\n")
     if args.out:
         path = Path(args.out)
         path = path if path.suffix else path / "benchmark.png"
-        grid(shown, min(10, args.limit)).save(path)
+        grid(shown, 20).save(path)
         print(f"saved {path}")
 
 
 def main():
     args = arguments()
-    prompts = read_prompts(args.prompts) if args.prompts else [args.prompt]
+    jobs = read_jobs(args.prompts) if args.prompts else [(args.prompt or "", args.image)]
     out = writable(args.out or ("samples" if args.prompts else "sample.png"))
     if out.suffix.lower() not in ("", ".png", ".jpg", ".jpeg", ".webp"):
         stop(f"--out {out} is no kind of picture: end it in .png, .jpg or .webp, or name a folder.")
@@ -186,28 +236,24 @@ def main():
     from metaquery import InputError, MetaQuery, MetaQueryConfig
 
     disable_progress_bar()
+    errors = []
     try:
         MetaQueryConfig.preset(args.size)
         folder = args.checkpoint or HERE / "weights" / args.size
         if not args.checkpoint and not folder.exists():
-            stop(
-                f"no weights are shipped for --size {args.size}: give --checkpoint DIR of train.py."
-            )
+            stop(f"no weights are shipped for --size {args.size}: give --checkpoint DIR.")
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         model = MetaQuery.from_pretrained(folder).to(device, getattr(torch, args.dtype)).eval()
-    except (InputError, RuntimeError, AssertionError) as error:
+        if args.benchmark:
+            benchmark(model, args)
+        elif args.ask:
+            answer_jobs(model, jobs, errors)
+        else:
+            draw_jobs(model, jobs, args, out, errors)
+    except (InputError, RuntimeError, AssertionError, OSError) as error:
         stop(error)
-    if args.benchmark:
-        return benchmark(model, args)
-    pictures = draw(model, prompts, args)
-    if out.suffix:
-        pictures = list(pictures)
-        (pictures[0] if len(pictures) == 1 else grid(pictures)).save(out)
-        print(f"saved {out}")
-    else:
-        for number, picture in enumerate(pictures):
-            picture.save(out / f"{number:05d}.png")
-        print(f"saved {number + 1} pictures in {out}")
+    if errors:
+        stop(" ".join(errors))
 
 
 if __name__ == "__main__":

@@ -27,15 +27,20 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 from transformers import HfArgumentParser, get_cosine_with_min_lr_schedule_with_warmup
 
-from data.shapes import SIX_KINDS, sample
-from metaquery import InputError, MetaQuery, MetaQueryConfig
-from sample import grid, stop
+from data.pictures import grid
+from data.shapes import CAPTION_KINDS, sample
+from metaquery import InputError, MetaQuery, MetaQueryConfig, black
+from sample import stop
 
-# What a stage draws, with weights, and how often its text condition is dropped (DESIGN §3).
+# What a stage draws, with weights, and its steps (§4, §5.2, §5.3). The last stage goes over all.
+SEEING = {"edit": 8, "one subject": 6, "two subjects": 4, "three subjects": 1, "association": 4}
 STAGES = {
-    "pretrain": {"single object": 2, "colors": 3, "two objects": 2, "counting": 3,
-                 "position": 4, "attribution": 3, "dense": 4},
-}  # fmt: skip
+    "pretrain": (CAPTION_KINDS, 3600),
+    "reconstruct": ({"reconstruction": 1}, 3600),
+    "mix": (CAPTION_KINDS | {"reconstruction": sum(CAPTION_KINDS.values())}, 3600),
+    "edit": ({"edit": 1}, 1000),
+    "instruct": (CAPTION_KINDS | SEEING | {"reconstruction": 4}, 6000),
+}
 MIN_LR = 1e-5  # where the cosine ends (§4)
 
 
@@ -47,7 +52,7 @@ class TrainConfig:
     stage: str = "pretrain"
     out: str = "runs/tiny"
     data: str = "shapes"
-    steps: int = 3600
+    steps: int | None = None
     batch_size: int = 32
     micro_batch_size: int = 0
     lr: float = 1e-3
@@ -64,6 +69,10 @@ class TrainConfig:
     def __post_init__(self):
         if self.stage not in STAGES:
             raise InputError(f"unknown stage {self.stage!r}: choose one of {', '.join(STAGES)}.")
+        if self.steps is None:
+            self.steps = STAGES[self.stage][1]
+        if self.stage in ("edit", "instruct") and not self.checkpoint:
+            raise InputError(f"--stage {self.stage} goes on from a model: give --checkpoint DIR.")
         for name in ("steps", "batch_size", "save_every", "sample_every", "keep"):
             if getattr(self, name) < 1:
                 raise InputError(
@@ -73,19 +82,38 @@ class TrainConfig:
             raise InputError(f"unknown data {self.data!r}: the embedded world is 'shapes'.")
 
 
+def dropped(stage, prompt, images, u):
+    """(prompt, images) with the conditions dropped that a uniform u in [0, 1) says (DESIGN §3).
+
+    So that guidance has something to steer from: a tenth of captions, or of pictures; in
+    instruction tuning a tenth of texts alone, of both, and of pictures alone.
+    """
+    if not images:
+        return "" if u < 0.1 else prompt, images
+    if stage != "instruct" or not prompt:
+        return prompt, black([images])[0] if u < 0.1 else images
+    return "" if u < 0.2 else prompt, black([images])[0] if 0.1 <= u < 0.3 else images
+
+
 class Shapes(Dataset):
     """The embedded world's samples of a stage; the index decides what is drawn and dropped."""
 
     def __init__(self, stage, seed):
-        self.kinds, self.weights = zip(*STAGES[stage].items(), strict=True)
-        self.seed = seed
+        self.kinds, self.weights = zip(*STAGES[stage][0].items(), strict=True)
+        self.stage, self.seed = stage, seed
 
     def __getitem__(self, index):
-        """(prompt, picture (3, 64, 64) in [-1, 1], index); the caption is "" with p = 0.1."""
+        """(prompt, source pictures, target (3, 64, 64) in [-1, 1], index)."""
         rng = random.Random(f"{self.seed} {index}")
         made = sample(rng.choices(self.kinds, self.weights)[0], index, self.seed)
-        prompt = "" if rng.random() < 0.1 else made.prompt
-        return prompt, pil_to_tensor(made.picture).float() / 127.5 - 1, index
+        prompt, images = dropped(self.stage, made.prompt, made.images, rng.random())
+        return prompt, images, pil_to_tensor(made.picture).float() / 127.5 - 1, index
+
+
+def collate(rows):
+    """Rows of a dataset as a batch: prompts, pictures a prompt, targets (B, 3, H, W), indices."""
+    prompts, images, targets, indices = zip(*rows, strict=True)
+    return prompts, images, torch.stack(targets), indices
 
 
 def noise_of(indices, shape, seed):
@@ -139,14 +167,23 @@ def resume(model, optimizer, schedule, out, config):
     return state["step"]
 
 
-def draw_samples(model, path):
-    """Save a grid of eight fixed unseen prompts from fixed noise, so that one sees it learn."""
-    kinds = (*SIX_KINDS, "dense", "held-out")
-    prompts = [sample(kind, 0, split="test").prompt for kind in kinds]
-    generator = torch.Generator().manual_seed(0)
-    pictures = model.generate(prompts, num_inference_steps=20, generator=generator)
+def draw_samples(model, stage, path):
+    """Save a grid of fixed unseen cases from fixed noise, beside their pictures, if any."""
+    kinds = [
+        kind for kind in STAGES[stage][0] for _ in range(1 if len(STAGES[stage][0]) > 4 else 8)
+    ]
+    made = [sample(kind, i, split="test") for i, kind in enumerate(kinds)]
+    pictures = model.generate(
+        [s.prompt for s in made],
+        [s.images for s in made],
+        num_inference_steps=20,
+        generator=torch.Generator().manual_seed(0),
+    )
+    shown = []
+    for s, picture in zip(made, pictures, strict=True):
+        shown += [*s.images[:1], picture]
     path.parent.mkdir(parents=True, exist_ok=True)
-    grid(pictures, columns=4).save(path)
+    grid(shown).save(path)
 
 
 def train(config, model_config):
@@ -188,7 +225,7 @@ def train(config, model_config):
     loader = iter(
         DataLoader(
             Shapes(config.stage, config.seed), micro, sampler=indices, num_workers=config.workers,
-            pin_memory=device.type == "cuda",
+            pin_memory=device.type == "cuda", collate_fn=collate,
         )
     )  # fmt: skip
     latent = (model.diffusion.config.in_channels, *[model.diffusion.config.sample_size] * 2)
@@ -209,13 +246,13 @@ def train(config, model_config):
     for step in bar:
         total = torch.zeros((), device=device)
         for part in range(share // micro):
-            prompts, pixels, index = next(loader)
+            prompts, images, pixels, index = next(loader)
             noise, sigma = noise_of(index, latent, config.seed)
             last = part == share // micro - 1
             with nullcontext() if last or world == 1 else wrapped.no_sync():
                 with sdpa_kernel(attention), torch.autocast(device.type, torch.bfloat16):
                     loss = wrapped(
-                        prompts, pixels.to(device), None, noise.to(device), sigma.to(device)
+                        prompts, pixels.to(device), images, noise.to(device), sigma.to(device)
                     )
                 (loss * micro / share).backward()
             total += loss.detach() * micro / share
@@ -238,7 +275,7 @@ def train(config, model_config):
         if rank == 0 and (ended or (step + 1) % config.save_every == 0):
             save(model, optimizer, schedule, step + 1, out, config)
         if rank == 0 and (ended or (step + 1) % config.sample_every == 0):
-            draw_samples(model, out / "samples" / f"step-{step + 1:08d}.png")
+            draw_samples(model, config.stage, out / "samples" / f"step-{step + 1:08d}.png")
         if stopping:
             break
     if rank == 0:

@@ -50,9 +50,13 @@ from transformers import (
 )
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from data.pictures import grid
 from data.shapes import (
+    BACKGROUNDS,
+    CAPTION_KINDS,
     COLORS,
     PATTERNS,
+    PLACES,
     SHAPES,
     SIX_KINDS,
     Talk,
@@ -68,9 +72,8 @@ from data.shapes import (
     talks,
 )
 from metaquery import SYSTEM_PROMPT, conversation
-from sample import grid
 
-VISION_SIZE, VISION_PATCH = 60, 10
+VISION_SIZE, VISION_PATCH = 60, 12
 
 
 def pictures_to_tensor(pictures):
@@ -80,36 +83,49 @@ def pictures_to_tensor(pictures):
 
 
 def fit(name, modules, loss_of_step, steps, lr, out, evaluate=None, log_every=200):
-    """Minimise `loss_of_step(step)` with AdamW, 5% warm-up and a cosine down to zero.
+    """Minimise `loss_of_step(step)`, with 5% warm-up and a cosine down to zero.
 
-    Every 500 steps all is saved in `out/name.resume`, from which the next call goes on.
+    Muon for the matrices of the transformers, AdamW for the rest: toy models learn to copy and to
+    bind in about half the steps. Every 500 steps all is saved in `out/name.resume`, from which the
+    next call goes on.
     """
-    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    named = [item for module in modules for item in module.named_parameters()]
+    parameters = [p for _, p in named if p.requires_grad]
+    matrices = [p for n, p in named if p.requires_grad and p.ndim == 2 and "layers." in n]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in parameters if id(p) not in chosen]
+    optimizers = [torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)]
+    if matrices:
+        options = {"weight_decay": 0.01, "adjust_lr_fn": "match_rms_adamw"}
+        optimizers.append(torch.optim.Muon(matrices, lr=lr, **options))
     saved, first, mean = out / f"{name}.resume", 0, None
     if saved.exists():
         state = torch.load(saved, weights_only=True)
         for module, weights in zip(modules, state["modules"], strict=True):
             module.load_state_dict(weights)
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
         first = state["step"]
     bar = tqdm(range(first, steps), desc=name, initial=first, total=steps, mininterval=10)
     for step in bar:
         if step > first and step % 500 == 0:
             weights = [module.state_dict() for module in modules]
-            state = {"step": step, "modules": weights, "optimizer": optimizer.state_dict()}
+            state = {"step": step, "modules": weights}
+            state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
             torch.save(state, saved.with_suffix(".part"))
             saved.with_suffix(".part").rename(saved)
         warm = min(1.0, (step + 1) / (0.05 * steps))
         rate = lr * warm * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
         with torch.autocast("cpu", torch.bfloat16):
             loss = loss_of_step(step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
         bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
         if (step + 1) % log_every == 0 or step + 1 == steps:
@@ -170,21 +186,22 @@ def same(scene, array):
 SIDE = VISION_SIZE // VISION_PATCH
 
 
-def patch_owners(scene):
-    """Which object each of the 6x6 patches shows most of: (36,) int, -1 for the background."""
+def centre_patches(scene):
+    """The index of the 5x5 patches that holds each object's centre."""
+    return [int(o.y * SIDE // 64) * SIDE + int(o.x * SIDE // 64) for o in scene.objects]
+
+
+def patch_labels(scene):
+    """What each patch shows: (25, 8) float: shape, color, inner, pattern, dx, dy, size, centre.
+
+    0 stands for nothing in the first three; dx, dy and size, in units of 32 px, locate the object;
+    the last is 1 at the one patch that holds an object's centre.
+    """
     shares = [np.full(SIDE * SIDE, 0.06)]
     for item in scene.objects:
         alpha = torch.from_numpy(coverage(item.shape, item.x, item.y, item.size).copy())
         shares.append(F.adaptive_avg_pool2d(alpha[None, None], SIDE).flatten().numpy())
-    return np.argmax(shares, 0) - 1
-
-
-def patch_labels(scene):
-    """What each patch shows: (36, 7) float: shape, color, inner, pattern, dx, dy, size.
-
-    0 stands for nothing in the first three; the last three, in units of 32 px, locate the object.
-    """
-    labels, owners = np.zeros((SIDE * SIDE, 7), np.float32), patch_owners(scene)
+    labels, owners = np.zeros((SIDE * SIDE, 8), np.float32), np.argmax(shares, 0) - 1
     centres = (np.arange(SIDE) + 0.5) * 64 / SIDE
     points = np.stack(np.meshgrid(centres, centres), -1).reshape(-1, 2)
     for number, item in enumerate(scene.objects):
@@ -194,7 +211,40 @@ def patch_labels(scene):
         labels[here, :4] = *what, PATTERNS.index(item.pattern)
         labels[here, 4:6] = ((item.x, item.y) - points[here]) / 32
         labels[here, 6] = item.size / 32
+    labels[centre_patches(scene), 7] = 1
     return labels
+
+
+PLACE_WORDS = ("top", "bottom", "left", "right", "centre")
+EYE_WORDS = (*SHAPES, *COLORS, *BACKGROUNDS, *PLACE_WORDS, "half", "core", "background")
+
+
+def patch_words(scene):
+    """The words for what each patch shows: (25, words + 3) float32, each row's words of norm 1.
+
+    The patch at an object's centre names the object and its place, all others the background.
+    The last three say how far (x, y) is from that place and the size from 28, in pixels / 8.
+    """
+    made = np.zeros((SIDE * SIDE, len(EYE_WORDS) + 3), np.float32)
+    groups = [("background", scene.background)] * SIDE * SIDE
+    for patch, item in zip(centre_patches(scene), scene.objects, strict=True):
+        place = place_of(item)
+        inner = {"plain": (), "halves": ("half", item.inner), "core": ("core", item.inner)}
+        groups[patch] = (item.color, item.shape, *inner[item.pattern], *place.split())
+        x, y = PLACES[place]
+        made[patch, -3:] = (item.x - x) / 8, (item.y - y) / 8, (item.size - 28) / 8
+    for row, group in zip(made, groups, strict=True):
+        for word in group:
+            row[EYE_WORDS.index(word)] += len(group) ** -0.5
+    return made
+
+
+def words_to_vectors(rows, embeddings, tokenizer):
+    """Rows (..., words + 3) of `patch_words` in a language model's embedding space (..., d)."""
+    ids = [tokenizer(f" {word}")["input_ids"] for word in EYE_WORDS]
+    words = torch.stack([embeddings[i].sum(0) for i in ids])
+    directions = torch.randn(3, words.shape[1], generator=torch.Generator().manual_seed(0))
+    return rows @ torch.cat([words, directions * embeddings.std().detach()])
 
 
 def scenes_to_tower(scenes):
@@ -216,20 +266,21 @@ def train_vision(out, steps):
             vision_use_head=False,
         )
     )
-    head = torch.nn.Linear(192, 7 + 9 + 9 + 3 + 3)
+    head = torch.nn.Linear(192, 7 + 9 + 9 + 3 + 3 + 1)
     rng = random.Random("vision")
 
     def loss_of_step(step):
         scenes = [random_scene(rng, patterns=0.25) for _ in range(64)]
         labels = torch.from_numpy(np.stack([patch_labels(scene) for scene in scenes])).flatten(0, 1)
         states = tower(scenes_to_tower(scenes), output_hidden_states=True).hidden_states[-1]
-        shape, color, inner, pattern, where = (
-            head(states).flatten(0, 1).float().split([7, 9, 9, 3, 3], 1)
+        shape, color, inner, pattern, where, centre = (
+            head(states).flatten(0, 1).float().split([7, 9, 9, 3, 3, 1], 1)
         )
         kinds, guesses = labels[:, :4].long().unbind(1), (shape, color, inner, pattern)
         loss = sum(F.cross_entropy(g, k) for g, k in zip(guesses, kinds, strict=True))
         something = labels[:, :1] > 0
-        loss = loss + 10 * ((where - labels[:, 4:]) ** 2 * something).mean()
+        loss = loss + 10 * ((where - labels[:, 4:7]) ** 2 * something).mean()
+        loss = loss + F.binary_cross_entropy_with_logits(centre, labels[:, 7:])
         right = (shape.argmax(1) == kinds[0])[something[:, 0]].float().mean()
         accuracy[0] = 0.95 * accuracy[0] + 0.05 * right.item()
         return loss
@@ -261,7 +312,7 @@ CHAT_TEMPLATE = """{%- for message in messages -%}
 {%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"""
 
 
-def make_tokenizer(words, vocab_size=1024):
+def make_tokenizer(words, vocab_size=1024, image="<image>", video="<video>"):
     """A byte-level BPE tokenizer for ChatML, trained on an iterable of texts."""
     core = Tokenizer(models.BPE())
     core.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
@@ -270,7 +321,7 @@ def make_tokenizer(words, vocab_size=1024):
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"],
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", image, video],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -279,7 +330,7 @@ def make_tokenizer(words, vocab_size=1024):
         tokenizer_object=core,
         pad_token="<|endoftext|>",
         eos_token="<|im_end|>",
-        extra_special_tokens={"image_token": "<image>", "video_token": "<video>"},
+        extra_special_tokens={"image_token": image, "video_token": video},
         model_max_length=4096,
         padding_side="left",
         chat_template=CHAT_TEMPLATE,
@@ -305,7 +356,7 @@ def make_processor(tokenizer, size, patch):
 def world_texts():
     """Texts with every word of the world, to train its tokenizer on."""
     rng = random.Random("words")
-    for turn in (turn for _ in range(10000) for turn in talks(rng)):
+    for turn in (turn for _ in range(4000) for turn in talks(rng)):
         yield f" {turn.user} {turn.assistant}\n{turn.user}\n{turn.assistant}"
     yield from [f"{SYSTEM_PROMPT} system user assistant"] * 100
 
@@ -317,8 +368,8 @@ def language_config(tokenizer, **changes):
         hidden_size=192,
         intermediate_size=512,
         num_hidden_layers=6,
-        num_attention_heads=3,
-        num_key_value_heads=3,
+        num_attention_heads=6,
+        num_key_value_heads=6,
         max_position_embeddings=4096,
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -334,21 +385,49 @@ def chat(tokenizer, messages, open_end=True):
     return tokenizer.apply_chat_template(messages, add_generation_prompt=open_end, **options)
 
 
-def talk_batch(processor, conversations):
-    """Model inputs with labels on the assistant's words alone, padded on the right."""
-    tokenizer = getattr(processor, "tokenizer", processor)
-    texts, images = [], []
+def read_talk(processor, conversations, embeddings=None, open_end=False):
+    """Conversations as model inputs; with `open_end` the last turn's answer is left to the model.
+
+    Given the language model's `embeddings` (vocabulary, d), its pictures are imagined: each patch
+    is the sum of the words for it, in the order in which LLaVA-OneVision lays out its patches.
+    """
+    tokenizer, texts, scenes = processor.tokenizer, [], []
     for turns in conversations:
         system, messages = SYSTEM_PROMPT if turns[0].instructed else None, []
         for turn in turns:
             messages += conversation(turn.user, len(turn.sources), None if messages else system)
             messages.append({"role": "assistant", "content": turn.assistant})
-        texts.append(chat(tokenizer, messages, False))
-        images.append([render(scene) for turn in turns for scene in turn.sources])
-    pictures = {"images": images} if any(images) else {}
-    reader = processor if pictures else tokenizer
-    inputs = reader(text=texts, **pictures, padding=True, padding_side="right", return_tensors="pt")
-    ids = inputs["input_ids"]
+        texts.append(chat(tokenizer, messages[:-1] if open_end else messages, open_end))
+        scenes.append([scene for turn in turns for scene in turn.sources])
+    options = {"padding": True, "padding_side": "left" if open_end else "right"}
+    if embeddings is None and any(scenes):
+        images = [[render(scene) for scene in row] for row in scenes]
+        return processor(text=texts, images=images, return_tensors="pt", **options)
+    base, patches = torch.arange(SIDE * SIDE), []
+    newline = torch.full((SIDE, 1), SIDE * SIDE)
+    tile = torch.cat([base.view(SIDE, SIDE), newline], 1).flatten()
+    for i, row in enumerate(scenes):
+        order = torch.cat([base, tile if len(row) == 1 else newline[0]])
+        texts[i] = texts[i].replace("<image>", "<image>" * len(order))
+        for scene in row:
+            rows = np.pad(patch_words(scene), ((0, 1), (0, 0)))
+            patches.append(torch.from_numpy(rows)[order])
+    inputs = tokenizer(texts, return_tensors="pt", **options)
+    if patches:
+        ids = inputs["input_ids"]
+        embedded = embeddings[ids]
+        seen = words_to_vectors(torch.cat(patches), embeddings, tokenizer)
+        seen = seen + 0.1 * embeddings.std().detach() * torch.randn_like(seen)
+        embedded[ids == processor.image_token_id] = seen.to(embedded.dtype)
+        inputs["inputs_embeds"] = embedded
+    return inputs
+
+
+def talk_batch(processor, conversations, embeddings=None):
+    """Model inputs with labels on the assistant's words alone, padded on the right."""
+    tokenizer = processor.tokenizer
+    inputs = read_talk(processor, conversations, embeddings)
+    ids = inputs["input_ids"] if "inputs_embeds" not in inputs else inputs.pop("input_ids")
     before, end = tokenizer("<|im_start|>assistant\n")["input_ids"], tokenizer.eos_token_id
     labels = torch.full_like(ids, -100)
     for row, tokens in enumerate(ids.tolist()):
@@ -362,9 +441,9 @@ def talk_batch(processor, conversations):
     return {**inputs, "labels": labels}
 
 
-def batches_of_like_length(rng, size, pictures):
+def batches_of_like_length(rng, size):
     """Eight batches of conversations, each with as many pictures, so that little is padding."""
-    made = [talks(rng, pictures) for _ in range(8 * size)]
+    made = [talks(rng) for _ in range(8 * size)]
     made.sort(key=lambda turns: (sum(len(t.sources) for t in turns), turns[0].instructed))
     batches = [made[i : i + size] for i in range(0, len(made), size)]
     rng.shuffle(batches)
@@ -372,67 +451,62 @@ def batches_of_like_length(rng, size, pictures):
 
 
 @torch.no_grad()
-def restatements(model, tokenizer, kinds, number=100):
-    """Share of unseen prompts of each kind that the model restates in plain words exactly."""
-    shares = {}
+def answers(model, processor, turns, imagined=False):
+    """What the model says, greedily, to each exchange's user turn."""
+    embeddings, said = model.get_input_embeddings().weight if imagined else None, []
+    for start in range(0, len(turns), 50):
+        inputs = read_talk(processor, [[t] for t in turns[start : start + 50]], embeddings, True)
+        if "inputs_embeds" in inputs:
+            inputs.pop("input_ids")
+        made = model.generate(**inputs, max_new_tokens=64, do_sample=False)
+        before = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
+        said += processor.batch_decode(made[:, before:], skip_special_tokens=True)
+    return said
+
+
+def examine(model, processor, imagined=False, number=100):
+    """Shares of unseen exchanges of several sorts that the model answers word for word."""
+    tests = random.Random("mllm test")
+    scenes = [random_scene(tests) for _ in range(number)]
+    groups = {
+        "captions": [Talk("", describe(scene), (scene,), True) for scene in scenes],
+        "answers": [Talk(*question(tests, scene), (scene,)) for scene in scenes],
+    }
+    kinds = ("position", "dense", "knowledge", "edit", "one subject", "two subjects", "association")
     for kind in kinds:
-        samples = [sample(kind, i, split="test") for i in range(number)]
-        rows = [conversation(s.prompt, 0, SYSTEM_PROMPT) for s in samples]
-        texts = [chat(tokenizer, row) for row in rows]
-        inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
-        made = model.generate(**inputs, max_new_tokens=48, do_sample=False)
-        said = tokenizer.batch_decode(
-            made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-        )
-        shares[kind] = sum(a == s.plain for a, s in zip(said, samples, strict=True)) / number
+        made = [sample(kind, i, split="test") for i in range(number // 2)]
+        groups[kind] = [Talk(s.prompt, s.plain, s.sources, True) for s in made]
+    shares = {}
+    for name, asked in groups.items():
+        said = answers(model, processor, asked, imagined)
+        right = [a == t.assistant for a, t in zip(said, asked, strict=True)]
+        shares[name] = round(sum(right) / len(right), 3)
     return shares
 
 
 def train_llm(out, steps):
-    """A toy Qwen2 that restates prompts, knows the world's facts and speaks ChatML."""
+    """A toy Qwen2 that restates prompts, knows the world's facts and speaks ChatML.
+
+    It talks of pictures too, which it is given as words, patch by patch: what it learns so is what
+    it needs when a projector gives it real pictures in the same words.
+    """
     processor = make_processor(make_tokenizer(world_texts()), VISION_SIZE, VISION_PATCH)
     processor.save_pretrained(out / "mllm")
-    tokenizer = AutoProcessor.from_pretrained(out / "mllm").tokenizer
+    processor = AutoProcessor.from_pretrained(out / "mllm")
     # Eager attention: on a CPU the backward pass of the fused one is slower in bf16.
-    model = Qwen2ForCausalLM._from_config(language_config(tokenizer), attn_implementation="eager")
-    teach_words("llm", model, tokenizer, steps, out)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.save_pretrained(out / "llm")
-
-
-def teach_words(name, model, tokenizer, steps, out):
-    """Train a language model on the world's texts alone."""
-    rng = random.Random(name)
+    config = language_config(processor.tokenizer)
+    model = Qwen2ForCausalLM._from_config(config, attn_implementation="eager")
+    rng = random.Random("llm")
     batches = []
 
     def loss_of_step(step):
         if not batches:
-            batches.extend(batches_of_like_length(rng, 16, pictures=False))
-        return model(**talk_batch(tokenizer, batches.pop())).loss
+            batches.extend(batches_of_like_length(rng, 16))
+        return model(**talk_batch(processor, batches.pop(), model.model.embed_tokens.weight)).loss
 
-    evaluate = partial(restatements, model, tokenizer, ("position", "dense", "knowledge"))
-    fit(name, [model], loss_of_step, steps, 2e-3, out, evaluate)
-
-
-@torch.no_grad()
-def answers(model, processor, turns):
-    """What the model says, greedily, to each exchange's user turn."""
-    said = []
-    for start in range(0, len(turns), 50):
-        part = turns[start : start + 50]
-        rows = [
-            conversation(t.user, len(t.sources), SYSTEM_PROMPT if t.instructed else None)
-            for t in part
-        ]
-        texts = [chat(processor.tokenizer, row) for row in rows]
-        images = [[render(scene) for scene in t.sources] for t in part]
-        pictures = {"images": images} if any(images) else {}
-        inputs = processor(text=texts, **pictures, return_tensors="pt", padding=True)
-        made = model.generate(**inputs, max_new_tokens=64, do_sample=False)
-        said += processor.batch_decode(
-            made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-        )
-    return said
+    fit("llm", [model], loss_of_step, steps, 3e-3, out, partial(examine, model, processor, True))
+    model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
+    model.save_pretrained(out / "llm")
 
 
 def align(model, tokenizer, out, steps=600):
@@ -441,42 +515,27 @@ def align(model, tokenizer, out, steps=600):
     tower, projector = model.model.vision_tower, model.model.multi_modal_projector
     rng = random.Random("align")
 
-    def words_of(scene):
-        groups = [("background", scene.background)]
-        for item in scene.objects:
-            groups.append(
-                (item.color, item.shape, item.inner or item.color, *place_of(item).split())
-            )
-        ids = [tokenizer("".join(f" {word}" for word in group))["input_ids"] for group in groups]
-        vectors = torch.stack([embeddings[i].sum(0) / len(i) ** 0.5 for i in ids])
-        return vectors[torch.from_numpy(patch_owners(scene)) + 1]
-
     def loss_of_step(step):
         scenes = [random_scene(rng, patterns=0.25) for _ in range(64)]
         with torch.no_grad():
             pixels = scenes_to_tower(scenes)
             states = tower(pixels, output_hidden_states=True).hidden_states[-1]
-        wanted = torch.stack([words_of(scene) for scene in scenes])
+        rows = torch.from_numpy(np.stack([patch_words(scene) for scene in scenes]))
+        wanted = words_to_vectors(rows, embeddings, tokenizer)
         return F.mse_loss(projector(states).float(), wanted) / embeddings.var()
 
     fit("align", [projector], loss_of_step, steps, 3e-3, out)
 
 
 def train_mllm(out, steps):
-    """LLaVA-OneVision: the language model goes on with words, then learns of pictures with them.
+    """LLaVA-OneVision of tower and language model, which goes on talking, now of real pictures.
 
     The tower stays as it is. The projector learns each patch's words, then stays as it is too:
     trained on, it drifts away from the words and the language model no longer reads it.
     """
     processor = AutoProcessor.from_pretrained(out / "mllm")
     tower = SiglipVisionModel.from_pretrained(out / "vision")
-    words = out / "mllm-words"
-    language = Qwen2ForCausalLM.from_pretrained(
-        words if words.exists() else out / "llm", attn_implementation="eager"
-    )
-    if not words.exists():
-        teach_words("mllm-words", language, processor.tokenizer, 2000, out)
-        language.save_pretrained(words)
+    language = Qwen2ForCausalLM.from_pretrained(out / "llm", attn_implementation="eager")
     config = LlavaOnevisionConfig(
         vision_config=tower.config,
         text_config=language.config,
@@ -491,6 +550,7 @@ def train_mllm(out, steps):
     model.model.vision_tower.load_state_dict(tower.state_dict())
     model.model.vision_tower.requires_grad_(False)
     model.model.language_model.load_state_dict(language.model.state_dict())
+    torch.nn.init.zeros_(model.model.image_newline)
     if not (out / "mllm.resume").exists():
         align(model, processor.tokenizer, out)
     model.model.multi_modal_projector.requires_grad_(False)
@@ -499,35 +559,13 @@ def train_mllm(out, steps):
 
     def loss_of_step(step):
         if not batches:
-            batches.extend(batches_of_like_length(rng, 16, pictures=True))
+            batches.extend(batches_of_like_length(rng, 16))
         return model(**talk_batch(processor, batches.pop())).loss
 
-    def evaluate():
-        tests = random.Random("mllm test")
-        scenes = [random_scene(tests) for _ in range(100)]
-        asked = [Talk(*question(tests, scene), (scene,)) for scene in scenes]
-        groups = {
-            "captions": [Talk("", describe(scene), (scene,), True) for scene in scenes],
-            "answers": asked,
-        }
-        for kind in ("edit", "one subject", "two subjects", "association"):
-            made = [sample(kind, i, split="test") for i in range(50)]
-            groups[kind] = [Talk(s.prompt, s.plain, s.sources, True) for s in made]
-        right = {}
-        for name, asked in groups.items():
-            said = answers(model, processor, asked)
-            exact = [a == t.assistant for a, t in zip(said, asked, strict=True)]
-            right[name] = sum(exact) / len(exact)
-        return right | restatements(model, processor.tokenizer, ("position", "dense", "knowledge"))
-
-    fit("mllm", [model], loss_of_step, steps, 1e-3, out, evaluate)
+    fit("mllm", [model], loss_of_step, steps, 1e-3, out, partial(examine, model, processor))
     model.generation_config.eos_token_id = config.eos_token_id
     model.generation_config.pad_token_id = config.pad_token_id
     model.to(torch.bfloat16).save_pretrained(out / "mllm")
-
-
-CAPTION_KINDS = {"single object": 2, "colors": 3, "two objects": 2, "counting": 3, "position": 4,
-                 "attribution": 3, "dense": 4}  # fmt: skip
 
 
 @torch.no_grad()
@@ -541,7 +579,7 @@ def caption_states(language, tokenizer, prompts):
     return states[:, skip:], inputs["attention_mask"][:, skip:]
 
 
-def train_diffusion(out, steps, number=32000):
+def train_diffusion(out, steps, number=24000):
     """A toy Sana on captions alone: 8x8 latents, 6 layers, 192 wide, flow matching."""
     tokenizer = AutoProcessor.from_pretrained(out / "mllm").tokenizer
     language = Qwen2ForCausalLM.from_pretrained(out / "llm").eval()
@@ -557,6 +595,7 @@ def train_diffusion(out, steps, number=32000):
         cross_attention_dim=192,
         caption_channels=192,
         sample_size=8,
+        interpolation_scale=1.0,
     )
     scheduler = DPMSolverMultistepScheduler(
         algorithm_type="dpmsolver++",

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from data.pretrain import language_config, make_processor, make_tokenizer
+from data.pretrain import CHAT_TEMPLATE, language_config, make_processor, make_tokenizer
 from metaquery import SYSTEM_PROMPT, MetaQuery, MetaQueryConfig
 
 WORDS = [f"{SYSTEM_PROMPT} system user assistant a red star left of a blue circle"] * 9
@@ -50,6 +50,52 @@ def make_qwen(folder):
     tokenizer = make_tokenizer(WORDS, 400)
     transformers.Qwen2ForCausalLM(language_config(tokenizer, **SMALL)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+QWEN_TEMPLATE = CHAT_TEMPLATE.replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>")
+
+
+def make_qwen_vl(folder):
+    tokenizer = make_tokenizer(WORDS, 400, "<|image_pad|>", "<|video_pad|>")
+    names = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    tokenizer.add_tokens(names[:2], special_tokens=True)
+    start, end, image, video = tokenizer.convert_tokens_to_ids(names)
+    processor = transformers.Qwen2_5_VLProcessor(
+        transformers.Qwen2VLImageProcessor(patch_size=14, merge_size=2),
+        tokenizer,
+        transformers.Qwen2VLVideoProcessor(),
+        chat_template=QWEN_TEMPLATE,
+    )
+    text = dict(
+        vocab_size=len(tokenizer),
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        rope_scaling={"type": "mrope", "mrope_section": [2, 3, 3]},
+        **SMALL,
+    )
+    vision = dict(
+        depth=2,
+        hidden_size=32,
+        intermediate_size=48,
+        num_heads=2,
+        patch_size=14,
+        spatial_merge_size=2,
+        out_hidden_size=64,
+        fullatt_block_indexes=[1],
+        window_size=56,
+    )
+    config = transformers.Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=image,
+        video_token_id=video,
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+    )
+    transformers.Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
 
 
 def make_sana(folder):
@@ -121,6 +167,7 @@ def parts(tmp_path_factory):
     torch.manual_seed(0)
     make_llava(folder / "llava")
     make_qwen(folder / "qwen")
+    make_qwen_vl(folder / "qwen-vl")
     make_sana(folder / "sana")
     make_stable_diffusion(folder / "sd")
     make_stable_diffusion(folder / "sd-v", "v_prediction")
