@@ -164,9 +164,10 @@ class MetaQuery(nn.Module):
         self.is_flow = "flow" in str(self.scheduler.config.get("prediction_type"))
         self.scale = self.vae.config.scaling_factor
         self.shift = self.vae.config.get("shift_factor") or 0
-        d, caption = self.mllm.config.get_text_config().hidden_size, self.diffusion.config
-        width = caption.get("caption_channels") or caption.cross_attention_dim
-        gain = 5.5**0.5 if "caption_channels" in caption else 1.0
+        self.compression = 2 ** (len(self.vae.config.get("block_out_channels") or
+                                     self.vae.config.encoder_block_out_channels) - 1)  # fmt: skip
+        d, width = self.mllm.config.get_text_config().hidden_size, condition_width(self.diffusion)
+        gain = 5.5**0.5 if "caption_channels" in self.diffusion.config else 1.0
         self.queries = nn.Parameter(torch.randn(config.num_queries, d) * 0.02)
         self.connector = Connector(d, width, config.connector_layers, config.connector, gain)
         self.queries.requires_grad_(config.condition == "queries")
@@ -435,6 +436,11 @@ def black(images):
     return [[Image.new("RGB", picture.size) for picture in row] for row in images]
 
 
+def condition_width(diffusion):
+    """c, the width of a diffusion model's text condition: 2304 for Sana, 768 for SD1.5."""
+    return diffusion.config.get("caption_channels") or diffusion.config.cross_attention_dim
+
+
 def load_parts(config, dtype):
     """MLLM, processor (a text-only MLLM's tokenizer), diffusion model, VAE and scheduler."""
     options = {"torch_dtype": dtype, "low_cpu_mem_usage": False}
@@ -458,3 +464,9 @@ def load_parts(config, dtype):
         mend = "name a folder in the hub's layout with --mllm or --diffusion, or go online once."
         raise InputError(f"{reason}: {mend}") from None
     return mllm, processor, diffusion, vae, scheduler
+
+
+if __name__ == "__main__":
+    from data.paper import main
+
+    main()

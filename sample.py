@@ -31,9 +31,7 @@ def arguments():
     add("--image", action="append", default=[], metavar="FILE", help="a source picture; up to 6")
     add("--ask", action="store_true", help="answer the prompt in text; draw nothing")
     add("--prompts", metavar="FILE", help='many prompts: one a line, or .jsonl with "prompt"')
-    add(
-        "--benchmark", choices=["shapes"], help="draw and score the embedded world's unseen prompts"
-    )
+    add("--benchmark", choices=["shapes"], help="draw and score unseen cases of the tiny world")
     add("--limit", type=int, default=50, help="benchmark prompts a kind (default 50)")
     add("--json", metavar="FILE", help="also write the benchmark's table as JSON")
     add("--size", default="tiny", help="tiny (shipped), base, large or xlarge")
@@ -48,16 +46,14 @@ def arguments():
     add("--device", help="cpu, cuda, ... (default: cuda if there is one)")
     add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     args = parser.parse_args()
-    if args.ask and args.prompt is None and not args.prompts:
+    if args.ask and not (args.prompt or args.prompts):
         stop('--ask needs a question: sample.py "how many stars?" --image a.png --ask.')
     single = args.prompt is not None or bool(args.image)
     if single + (args.prompts is not None) + (args.benchmark is not None) != 1:
         stop('give a prompt or --image, or --prompts FILE, or --benchmark shapes (see "--help").')
-    least = {"steps": 1, "num_images": 1, "limit": 1, "guidance": 0, "image_guidance": 0}
-    for name, value in least.items():
-        if not getattr(args, name) >= value:
-            flag = name.replace("_", "-")
-            stop(f"--{flag} is {getattr(args, name)}: it must be at least {value}.")
+    for name, least in {"steps": 1, "num-images": 1, "limit": 1, "guidance": 0}.items():
+        if not (value := getattr(args, name.replace("-", "_"))) >= least:
+            stop(f"--{name} is {value}: it must be at least {least}.")
     return args
 
 
@@ -119,18 +115,22 @@ def writable(out):
 
 
 def ready(jobs, errors, first=0):
-    """(number, prompt, PIL pictures) of each job that is well; the others' errors are put down.
+    """(number, prompt, PIL pictures) of each job that is well; of the others, (number, error).
 
-    So nothing that can be drawn is lost where one picture or line is bad.
+    The errors are kept for the end: nothing that can be drawn is lost where one line is bad.
     """
+    from metaquery import MAX_PICTURES
+
     for number, job in enumerate(jobs, first):
         try:
             if isinstance(job, ValueError):
                 raise job
+            if len(job[1]) > MAX_PICTURES:
+                raise ValueError(f"{len(job[1])} pictures: give at most {MAX_PICTURES}.")
             pictures = [open_picture(path) for path in job[1]]
             yield number, job[0], pictures
         except ValueError as error:
-            errors.append(f"prompt {number + 1}: {error}")
+            errors.append((number, error))
 
 
 def draw(model, rows, args):
@@ -253,7 +253,7 @@ def main():
     except (InputError, RuntimeError, AssertionError, OSError) as error:
         stop(error)
     if errors:
-        stop(" ".join(errors))
+        stop(" ".join(f"prompt {i + 1}: {e}" if len(jobs) > 1 else str(e) for i, e in errors))
 
 
 if __name__ == "__main__":

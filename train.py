@@ -9,10 +9,12 @@ weights at its top, so that `sample.py --checkpoint OUT` works at any time.
 """
 
 import json
+import math
 import os
-import random
+import resource
 import shutil
 import signal
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -20,15 +22,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 from transformers import HfArgumentParser, get_cosine_with_min_lr_schedule_with_warmup
 
 from data.pictures import grid
 from data.shapes import CAPTION_KINDS, sample
+from data.sources import open_batches
 from metaquery import InputError, MetaQuery, MetaQueryConfig, black
 from sample import stop
 
@@ -42,6 +46,10 @@ STAGES = {
     "instruct": (CAPTION_KINDS | SEEING | {"reconstruction": 4}, 6000),
 }
 MIN_LR = 1e-5  # where the cosine ends (§4)
+MOST_BAD_STEPS = 10
+# What may differ between a run and its going on; the rest would make it another run.
+MAY_CHANGE = {"out", "micro_batch_size", "save_every", "keep", "sample_every", "workers", "resume",
+              "checkpoint", "zero", "device"}  # fmt: skip
 
 
 @dataclass
@@ -52,6 +60,10 @@ class TrainConfig:
     stage: str = "pretrain"
     out: str = "runs/tiny"
     data: str = "shapes"
+    text_column: str = ""
+    target_column: str = ""
+    sources_column: str = ""
+    streaming: bool = False
     steps: int | None = None
     batch_size: int = 32
     micro_batch_size: int = 0
@@ -64,6 +76,7 @@ class TrainConfig:
     workers: int = 0
     checkpoint: str = ""
     resume: str = "auto"
+    zero: bool = False
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
     def __post_init__(self):
@@ -78,8 +91,6 @@ class TrainConfig:
                 raise InputError(
                     f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1."
                 )
-        if self.data != "shapes":
-            raise InputError(f"unknown data {self.data!r}: the embedded world is 'shapes'.")
 
 
 def dropped(stage, prompt, images, u):
@@ -95,98 +106,113 @@ def dropped(stage, prompt, images, u):
     return "" if u < 0.2 else prompt, black([images])[0] if 0.1 <= u < 0.3 else images
 
 
-class Shapes(Dataset):
-    """The embedded world's samples of a stage; the index decides what is drawn and dropped."""
-
-    def __init__(self, stage, seed):
-        self.kinds, self.weights = zip(*STAGES[stage][0].items(), strict=True)
-        self.stage, self.seed = stage, seed
-
-    def __getitem__(self, index):
-        """(prompt, source pictures, target (3, 64, 64) in [-1, 1], index)."""
-        rng = random.Random(f"{self.seed} {index}")
-        made = sample(rng.choices(self.kinds, self.weights)[0], index, self.seed)
-        prompt, images = dropped(self.stage, made.prompt, made.images, rng.random())
-        return prompt, images, pil_to_tensor(made.picture).float() / 127.5 - 1, index
-
-
-def collate(rows):
-    """Rows of a dataset as a batch: prompts, pictures a prompt, targets (B, 3, H, W), indices."""
-    prompts, images, targets, indices = zip(*rows, strict=True)
-    return prompts, images, torch.stack(targets), indices
-
-
 def noise_of(indices, shape, seed):
-    """ε (B, C, h, w) and σ (B,) in (0, 1], each from its sample's index, whatever the batching."""
-    noise, sigma = [], []
+    """ε (B, C, h, w), σ (B,) in (0, 1] and chance (B,) in [0, 1): of the index, not of batching."""
+    noise, sigma, chance = [], [], []
     for index in indices:
         generator = torch.Generator().manual_seed(hash((seed, int(index))) % (1 << 62))
         noise.append(torch.randn(shape, generator=generator))
         sigma.append(1 - torch.rand((), generator=generator))
-    return torch.stack(noise), torch.stack(sigma)
+        chance.append(torch.rand((), generator=generator))
+    return torch.stack(noise), torch.stack(sigma), torch.stack(chance)
 
 
 def save(model, optimizer, schedule, step, out, config):
-    """Write out/step-N aside and rename it, link its weights to the top, and prune old steps."""
+    """Write out/step-N aside, sync and rename it, link its weights to the top, prune old steps.
+
+    Raises InputError where the disk is full; the checkpoints that were there stay whole.
+    """
     folder = out / f"step-{step:08d}"
     aside = out / f".{folder.name}"
-    shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside)
+    recipe = {"train": asdict(config), "model": asdict(model.config)}
     state = {"step": step, "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-    torch.save(state, aside / "training.pt")
-    (aside / "training.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
-    for name in ("model.safetensors", "config.json"):
-        (out / f".{name}").unlink(missing_ok=True)
-        os.link(folder / name, out / f".{name}")
-        os.replace(out / f".{name}", out / name)
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        model.save_pretrained(aside)
+        torch.save(state | {"random": torch.get_rng_state()}, aside / "training.pt")
+        (aside / "training.json").write_text(json.dumps(recipe, indent=2) + "\n")
+        for path in (*aside.iterdir(), aside):
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+        for name in ("model.safetensors", "config.json"):
+            (out / f".{name}").unlink(missing_ok=True)
+            os.link(folder / name, out / f".{name}")
+            os.replace(out / f".{name}", out / name)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        whole = ", ".join(path.name for path in sorted(out.glob("step-*"))) or "none"
+        raise InputError(
+            f"cannot save step {step} in {out} ({error}): free some space and run the same command "
+            f"again; whole checkpoints there: {whole}."
+        ) from None
     for old in sorted(out.glob("step-*"))[: -config.keep]:
         shutil.rmtree(old)
 
 
 def resume(model, optimizer, schedule, out, config):
-    """Go on from the newest step folder of `out` or the one --resume names; its step, or 0."""
-    if config.resume == "none":
-        return 0
-    folders = sorted(out.glob("step-*")) if config.resume == "auto" else [Path(config.resume)]
-    if not folders:
-        return 0
-    from safetensors.torch import load_file
+    """Go on from the newest whole step folder of `out` or the one --resume names; its step, or 0.
 
-    try:
-        state = torch.load(folders[-1] / "training.pt", weights_only=True)
-        weights = load_file(folders[-1] / "model.safetensors")
-    except Exception as error:
-        raise InputError(
-            f"cannot resume from {folders[-1]} ({error}): remove it to use an earlier one."
-        ) from None
-    model.load_trained(weights, folders[-1])
+    Raises InputError where none of them is whole, or where the run there is another.
+    """
+    folders = sorted(out.glob("step-*"), reverse=True)
+    if config.resume == "none" and folders:
+        raise InputError(f"{out} holds checkpoints: name another --out, or remove them first.")
+    if config.resume not in ("auto", "none"):
+        folders = [Path(config.resume)]
+    for folder in folders:
+        try:
+            recipe = json.loads((folder / "training.json").read_text())
+            state = torch.load(folder / "training.pt", weights_only=True)
+            weights = load_file(folder / "model.safetensors")
+            break
+        except Exception as error:
+            print(f"{folder} is damaged ({str(error).splitlines()[0]})", file=sys.stderr)
+    else:
+        if folders:
+            raise InputError(f"no whole checkpoint in {out}: name another --out to start anew.")
+        return 0
+    now = {"train": asdict(config), "model": asdict(model.config)}
+    differ = [
+        f"{name} {recipe[part].get(name)!r} there, {value!r} here"
+        for part, fields in now.items()
+        for name, value in fields.items()
+        if name not in MAY_CHANGE and recipe[part].get(name) != value
+    ]
+    if differ:
+        raise InputError(f"{folder} is of another run ({'; '.join(differ)}): choose another --out.")
+    model.load_trained(weights, folder)
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
+    torch.set_rng_state(state["random"])
     return state["step"]
 
 
 def draw_samples(model, stage, path):
     """Save a grid of fixed unseen cases from fixed noise, beside their pictures, if any."""
-    kinds = [
-        kind for kind in STAGES[stage][0] for _ in range(1 if len(STAGES[stage][0]) > 4 else 8)
-    ]
+    kinds = list(STAGES[stage][0])
+    kinds = kinds * (8 // len(kinds)) or kinds
     made = [sample(kind, i, split="test") for i, kind in enumerate(kinds)]
-    pictures = model.generate(
-        [s.prompt for s in made],
-        [s.images for s in made],
-        num_inference_steps=20,
-        generator=torch.Generator().manual_seed(0),
-    )
-    shown = []
-    for s, picture in zip(made, pictures, strict=True):
-        shown += [*s.images[:1], picture]
+    prompts, images = [s.prompt for s in made], [s.images for s in made]
+    generator = torch.Generator().manual_seed(0)
+    pictures = model.generate(prompts, images, num_inference_steps=20, generator=generator)
+    rows = zip(images, pictures, strict=True)
+    shown = [picture for row, drawn in rows for picture in (*row[:1], drawn)]
     path.parent.mkdir(parents=True, exist_ok=True)
     grid(shown).save(path)
 
 
+def memory(device):
+    """Peak memory of this process in GB, on the GPU if it has one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
 def train(config, model_config):
+    """Run a stage from its first step, or from where it was left, to its last."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device(config.device)
     if device.type == "cuda":
@@ -208,7 +234,11 @@ def train(config, model_config):
         model = MetaQuery(model_config, torch.bfloat16)
     model.to(device)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, config.lr, (0.9, 0.95), weight_decay=0.01, fused=True)
+    options = {"lr": config.lr, "betas": (0.9, 0.95), "weight_decay": 0.01, "fused": True}
+    if config.zero and world > 1:
+        optimizer = ZeroRedundancyOptimizer(trained, torch.optim.AdamW, **options)
+    else:
+        optimizer = torch.optim.AdamW(trained, **options)
     schedule = get_cosine_with_min_lr_schedule_with_warmup(
         optimizer, config.warmup, config.steps, min_lr_rate=min(1, MIN_LR / config.lr)
     )
@@ -217,37 +247,29 @@ def train(config, model_config):
     first = resume(model, optimizer, schedule, out, config)
     wrapped = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
 
-    indices = [
-        step * config.batch_size + rank * share + i
-        for step in range(first, config.steps)
-        for i in range(share)
-    ]
-    loader = iter(
-        DataLoader(
-            Shapes(config.stage, config.seed), micro, sampler=indices, num_workers=config.workers,
-            pin_memory=device.type == "cuda", collate_fn=collate,
-        )
-    )  # fmt: skip
-    latent = (model.diffusion.config.in_channels, *[model.diffusion.config.sample_size] * 2)
+    side = model.diffusion.config.sample_size
+    latent, kinds = (model.diffusion.config.in_channels, side, side), STAGES[config.stage][0]
+    loader = open_batches(config, kinds, side * model.compression, first, rank, world)
     # On a CPU the backward pass of the fused bf16 attention is slower than the plain one's.
     attention = [SDPBackend.MATH] if device.type == "cpu" else list(SDPBackend.__members__.values())
     stopping = []
-    for name in (signal.SIGTERM, signal.SIGINT):
+    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(name, lambda number, frame: stopping.append(number))
     log = open(out / "log.jsonl", "a") if rank == 0 else None
-    bar = tqdm(
-        range(first, config.steps),
-        initial=first,
-        total=config.steps,
-        disable=rank > 0,
-        mininterval=2,
-    )
-    began, mean = time.time(), None
-    for step in bar:
-        total = torch.zeros((), device=device)
+    bar = tqdm(initial=first, total=config.steps, disable=rank > 0, mininterval=2)
+    began, waited, mean, skipped, broken, bad, step = time.time(), 0.0, None, 0, 0, 0, first
+    while step < config.steps:
+        total = torch.zeros(2, device=device)  # the loss, and whether a rank was told to stop
         for part in range(share // micro):
-            prompts, images, pixels, index = next(loader)
-            noise, sigma = noise_of(index, latent, config.seed)
+            asked = time.time()
+            prompts, images, pixels, over = next(loader)
+            waited, broken = waited + time.time() - asked, broken + over
+            start = step * config.batch_size + rank * share + part * micro
+            noise, sigma, chance = noise_of(range(start, start + micro), latent, config.seed)
+            rows = zip(prompts, images, chance.tolist(), strict=True)
+            prompts, images = zip(*(dropped(config.stage, *row) for row in rows), strict=True)
+            if not model.is_flow:
+                sigma = (sigma * model.scheduler.config.num_train_timesteps).ceil() - 1
             last = part == share // micro - 1
             with nullcontext() if last or world == 1 else wrapped.no_sync():
                 with sdpa_kernel(attention), torch.autocast(device.type, torch.bfloat16):
@@ -255,31 +277,51 @@ def train(config, model_config):
                         prompts, pixels.to(device), images, noise.to(device), sigma.to(device)
                     )
                 (loss * micro / share).backward()
-            total += loss.detach() * micro / share
+            total[0] += loss.detach() * micro / share / world
+        total[1] = len(stopping)
         norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
         if world > 1:
             dist.all_reduce(total)
-            total /= world
-        mean = total.item() if mean is None else 0.98 * mean + 0.02 * total.item()
+        # Gradients and losses are summed over the ranks, so all of them skip the same steps.
+        if finite := math.isfinite(total[0].item() + norm.item()):
+            optimizer.step()
+        skipped, bad = skipped + (not finite), 0 if finite else bad + 1
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        step += 1
+        if bad == MOST_BAD_STEPS:
+            newest = max(out.glob("step-*"), default="none")
+            raise InputError(
+                f"loss or gradient was not finite {bad} times in a row, up to step {step}: "
+                f"lower --lr or look at the data; the last checkpoint is {newest}."
+            )
         if rank == 0:
-            rate = (step + 1 - first) * config.batch_size / (time.time() - began)
-            bar.set_postfix(loss=f"{mean:.4f}", samples_s=f"{rate:.0f}", refresh=False)
-            entry = {"step": step + 1, "loss": total.item(), "grad_norm": norm.item(),
-                     "lr": schedule.get_last_lr()[0], "samples_per_s": round(rate, 1)}  # fmt: skip
+            if finite:
+                mean = 0.98 * (mean or total[0].item()) + 0.02 * total[0].item()
+            passed = time.time() - began
+            rate = (step - first) * config.batch_size / passed
+            bar.set_postfix(loss=f"{mean or math.nan:.4f}", samples_s=f"{rate:.0f}", refresh=False)
+            bar.update()
+            entry = {"step": step, "loss": total[0].item(), "grad_norm": norm.item(),
+                     "lr": schedule.get_last_lr()[0], "samples_per_s": round(rate, 1),
+                     "data_wait": round(waited / passed, 4), "skipped_steps": skipped,
+                     "skipped_samples": broken,
+                     "memory_gb": round(memory(device), 2)}  # fmt: skip
             log.write(json.dumps(entry) + "\n")
             log.flush()
-        ended = step + 1 == config.steps or bool(stopping)
-        if rank == 0 and (ended or (step + 1) % config.save_every == 0):
-            save(model, optimizer, schedule, step + 1, out, config)
-        if rank == 0 and (ended or (step + 1) % config.sample_every == 0):
-            draw_samples(model, config.stage, out / "samples" / f"step-{step + 1:08d}.png")
-        if stopping:
+        ended = step == config.steps or total[1] > 0
+        if ended or step % config.save_every == 0:
+            if config.zero and world > 1:
+                optimizer.consolidate_state_dict(0)
+            if rank == 0:
+                save(model, optimizer, schedule, step, out, config)
+        if rank == 0 and (ended or step % config.sample_every == 0):
+            draw_samples(model, config.stage, out / "samples" / f"step-{step:08d}.png")
+        if ended:
             break
     if rank == 0:
-        print(f"saved {out} at step {step + 1 if first < config.steps else first}")
+        bar.close()
+        print(f"saved {out} at step {step}")
     if world > 1:
         dist.destroy_process_group()
 

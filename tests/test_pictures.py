@@ -23,8 +23,9 @@ from data.shapes import (
     score,
     unseen_question,
 )
+from data.sources import Shapes, collate
 from metaquery import InputError, black, conversation, rgb
-from train import STAGES, Shapes, collate, dropped
+from train import STAGES, dropped
 
 BACKBONES = ["llava", "qwen-vl"]
 PROMPTS = ["a red star left of a blue circle", "a star", "", "a blue circle"]
@@ -119,13 +120,13 @@ def test_conditions_are_dropped_at_their_rates(stage, prompt, rates):
 @pytest.mark.parametrize("stage", STAGES)
 def test_stages_yield_their_kinds(stage):
     """Different counts of pictures in one batch; the same index is the same sample."""
-    data = Shapes(stage, 0)
-    prompts, images, targets, indices = collate([data[i] for i in range(64)])
+    data = Shapes(STAGES[stage][0], 0)
+    prompts, images, targets, _ = collate([data[i] for i in range(64)], 64)
     assert targets.shape == (64, 3, 64, 64) and targets.min() >= -1 and targets.max() <= 1
     counts = {len(row) for row in images}
     expected = {"pretrain": {0}, "mix": {0, 1}, "instruct": {0, 1, 2}}.get(stage, {1})
     assert expected <= counts <= expected | ({3} if stage == "instruct" else set())
-    assert torch.equal(data[5][2], targets[5]) and data[5][0] == prompts[5]
+    assert torch.equal(collate([data[5]], 64)[2][0], targets[5]) and data[5][0] == prompts[5]
     if stage in ("reconstruct", "mix"):
         assert all(not prompt for prompt, row in zip(prompts, images, strict=True) if row)
 

@@ -1,0 +1,166 @@
+"""The paper's sizes without their weights: architectures by hub id, and what they weigh.
+
+    python metaquery.py --size base
+
+builds each part on the meta device, from the hub's or a folder's config if there is one and from
+the fields below if not, and prints its parameters and memory.
+"""
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+
+LLAVA, QWEN3, QWEN7 = (
+    "llava-hf/llava-onevision-qwen2-0.5b-ov-hf",
+    "Qwen/Qwen2.5-VL-3B-Instruct",
+    "Qwen/Qwen2.5-VL-7B-Instruct",
+)
+_QWEN_VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
+                "fullatt_block_indexes": [7, 15, 23, 31], "window_size": 112}  # fmt: skip
+_QWEN_ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+# What differs from the defaults of the classes in transformers and diffusers.
+MLLMS = {
+    LLAVA: lambda: transformers.LlavaOnevisionConfig(
+        text_config=transformers.Qwen2Config(
+            vocab_size=152000, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
+            num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True,
+        ),
+        vision_config=transformers.SiglipVisionConfig(
+            hidden_size=1152, intermediate_size=4304, num_hidden_layers=26,
+            num_attention_heads=16, image_size=384, patch_size=14, vision_use_head=False,
+        ),
+        image_grid_pinpoints=[[384 * i, 384 * j] for i in range(1, 7) for j in range(1, 7)],
+        tie_word_embeddings=True,
+    ),
+    QWEN3: lambda: transformers.Qwen2_5_VLConfig(
+        text_config=dict(
+            vocab_size=151936, hidden_size=2048, intermediate_size=11008, num_hidden_layers=36,
+            num_attention_heads=16, num_key_value_heads=2, rope_scaling=_QWEN_ROPE,
+        ),
+        vision_config=_QWEN_VISION | {"out_hidden_size": 2048},
+        tie_word_embeddings=True,
+    ),
+    QWEN7: lambda: transformers.Qwen2_5_VLConfig(
+        text_config=dict(
+            vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+            num_attention_heads=28, num_key_value_heads=4, rope_scaling=_QWEN_ROPE,
+        ),
+        vision_config=_QWEN_VISION | {"out_hidden_size": 3584},
+        tie_word_embeddings=False,
+    ),
+    "Qwen/Qwen2.5-0.5B-Instruct": lambda: transformers.Qwen2Config(
+        vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
+        num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True,
+    ),
+}  # fmt: skip
+_SANA_600M = dict(num_attention_heads=36, num_layers=28, num_cross_attention_heads=16,
+                  cross_attention_head_dim=72, cross_attention_dim=1152)  # fmt: skip
+_DC = dict(downsample_block_type="Conv", upsample_block_type="interpolate", scaling_factor=0.41407)
+_KL = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+           block_out_channels=(128, 256, 512, 512), layers_per_block=2)  # fmt: skip
+DIFFUSIONS = {
+    "Efficient-Large-Model/Sana_1600M_512px_diffusers": lambda: (
+        diffusers.SanaTransformer2DModel(sample_size=16),
+        diffusers.AutoencoderDC(**_DC),
+    ),
+    "Efficient-Large-Model/Sana_600M_512px_diffusers": lambda: (
+        diffusers.SanaTransformer2DModel(sample_size=16, **_SANA_600M),
+        diffusers.AutoencoderDC(**_DC),
+    ),
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": lambda: (
+        diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768),
+        diffusers.AutoencoderKL(**_KL),
+    ),
+}
+
+
+def meta_mllm(name):
+    """A (multimodal) language model without weights, by folder or hub id."""
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+    except (OSError, ValueError):
+        if name not in MLLMS:
+            raise
+        config = MLLMS[name]()
+    sees = hasattr(config, "vision_config")
+    auto = transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
+    with torch.device("meta"):
+        return auto.from_config(config)
+
+
+def meta_diffusion(name):
+    """A diffusion model and its VAE without weights, by folder or hub id."""
+    with torch.device("meta"):
+        if name in DIFFUSIONS:
+            return DIFFUSIONS[name]()
+        part = "transformer" if (Path(name) / "transformer").exists() else "unet"
+        found = []
+        for subfolder in (part, "vae"):
+            config = diffusers.AutoModel.load_config(name, subfolder=subfolder)
+            found.append(getattr(diffusers, config["_class_name"]).from_config(config))
+        return found
+
+
+def count(module):
+    """Parameters of a module, those shared by two names counted once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def table(config):
+    """Rows (part, parameters, trained, dtype, GB at rest, GB in training) of a MetaQueryConfig.
+
+    In training a frozen part costs its bf16 weights; a trained one its fp32 weights, gradients and
+    AdamW's two moments. Activations come on top.
+    """
+    from metaquery import Connector, condition_width
+
+    mllm, (diffusion, vae) = meta_mllm(config.mllm), meta_diffusion(config.diffusion)
+    d = mllm.config.get_text_config().hidden_size
+    with torch.device("meta"):
+        width = condition_width(diffusion)
+        connector = Connector(d, width, config.connector_layers, config.connector)
+    parts = [
+        ("MLLM", count(mllm), config.train_mllm),
+        ("queries", config.num_queries * d, config.condition == "queries"),
+        ("connector", count(connector), True),
+        ("diffusion model", count(diffusion), config.train_diffusion),
+        ("VAE", count(vae), False),
+    ]
+    rows = []
+    for name, number, trained in parts:
+        rest = number * (4 if trained else 2) / 1e9
+        rows.append((name, number, trained, rest, rest * (4 if trained else 1)))
+    total = [sum(row[i] for row in rows) for i in (1, 3, 4)]
+    return [*rows, ("in all", total[0], None, *total[1:])], d, width, diffusion.config.sample_size
+
+
+def main():
+    """Print the table of a size, with any field of the config as a flag."""
+    from metaquery import InputError, MetaQueryConfig
+
+    parser = transformers.HfArgumentParser(MetaQueryConfig, description=__doc__)
+    parser.add_argument("--size", default="tiny", help="tiny, base, large or xlarge")
+    try:
+        size = parser.parse_known_args()[0].size
+        parser.set_defaults(**asdict(MetaQueryConfig.preset(size)))
+        config, _ = parser.parse_args_into_dataclasses()
+        rows, d, width, side = table(config)
+    except (InputError, OSError, ValueError) as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    print(f"{size}: {config.mllm} x {config.diffusion}")
+    print(f"{'part':>16} {'parameters':>12}  {'':8} {'dtype':8} {'at rest':>8} {'training':>9}")
+    for name, number, trained, rest, training in rows:
+        word = {True: "trained", False: "frozen", None: ""}[trained]
+        dtype = {True: "float32", False: "bfloat16", None: ""}[trained]
+        shown = f"{number / 1e6:10.1f} M"
+        print(f"{name:>16} {shown:>12}  {word:8} {dtype:8} {rest:5.2f} GB {training:6.2f} GB")
+    print(f"condition: {config.num_queries} queries {d} wide -> {config.num_queries} x {width}; "
+          f"prompts up to 256 tokens; latents {side} x {side}")  # fmt: skip
+    print(
+        "training: weights, gradients and AdamW's moments of one process, activations not counted"
+    )

@@ -1,0 +1,223 @@
+"""Where training samples come from: the embedded world, or datasets by hub id or folder.
+
+A sample is (prompt, source pictures, target picture). Datasets are read by `datasets`: webdataset
+tars (cc12m-wds), image folders with metadata.csv or .jsonl, parquet, OmniEdit's and
+MetaQuery-Instruct's schemas, streamed or not, several of them mixed by weight.
+"""
+
+import io
+import random
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Image, interleave_datasets, load_dataset
+from datasets.distributed import split_dataset_by_node
+from PIL import Image as PILImage
+from PIL import ImageOps
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+
+from data.shapes import sample
+from metaquery import MAX_PICTURES, InputError, rgb
+
+# Known names of each column; train.py's flags name others.
+COLUMNS = {
+    "text": ("txt", "text", "caption", "prompt", "edited_prompt_list"),
+    "target": ("jpg", "png", "webp", "image", "edited_img", "target_image"),
+    "sources": ("src_img", "source_images", "source_image"),
+}
+SHUFFLE_BUFFER = 1000
+MOST_BROKEN = 100
+
+
+class Shapes(Dataset):
+    """The embedded world's samples: the index alone decides."""
+
+    def __init__(self, kinds, seed):
+        self.kinds, self.weights = zip(*kinds.items(), strict=True)
+        self.seed = seed
+
+    def __getitem__(self, index):
+        """(prompt, source pictures, target picture, 0)."""
+        kind = random.Random(f"{self.seed} {index}").choices(self.kinds, self.weights)[0]
+        made = sample(kind, index, self.seed)
+        return made.prompt, made.images, made.picture, 0
+
+
+def open_dataset(name, streaming):
+    """A dataset by hub id or folder: tars, parquet files, or pictures with their metadata."""
+    folder = Path(name)
+    try:
+        if not folder.is_dir():
+            return load_dataset(name, split="train", streaming=streaming)
+        for suffix, builder in ((".tar", "webdataset"), (".parquet", "parquet")):
+            files = sorted(str(path) for path in folder.rglob(f"*{suffix}"))
+            if files:
+                files = {"train": files}
+                return load_dataset(builder, data_files=files, split="train", streaming=streaming)
+        return load_dataset("imagefolder", data_dir=name, split="train", streaming=streaming)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        mend = "name a hub id, or a folder of .tar or .parquet files or of pictures with captions"
+        raise InputError(f"cannot read --data {name} ({reason}): {mend}.") from None
+
+
+def standard(dataset, name, columns, seeing):
+    """A dataset with the columns "text", "target" and, where `seeing`, "sources", undecoded."""
+    there, chosen = list(dataset.features or next(iter(dataset))), {}
+    for role in ("text", "target", "sources")[: 3 if seeing else 2]:
+        wanted = (columns[role],) if columns[role] else COLUMNS[role]
+        found = [column for column in wanted if column in there]
+        if not found:
+            raise InputError(
+                f"--data {name} has no column {' or '.join(wanted)} for its {role}; its columns "
+                f"are {', '.join(there)}: name one with --{role}-column."
+            )
+        chosen[found[0]] = role
+    dataset = dataset.select_columns(list(chosen))
+    for column in chosen:
+        if isinstance(dataset.features[column], Image):
+            dataset = dataset.cast_column(column, Image(decode=False))
+        elif isinstance(getattr(dataset.features[column], "feature", None), Image):
+            plain = type(dataset.features[column])(Image(decode=False))
+            dataset = dataset.cast_column(column, plain)
+    return dataset.rename_columns({old: new for old, new in chosen.items() if old != new})
+
+
+def read_row(row, stage, coin):
+    """(prompt, source pictures, target picture) of a standard row; raises where it is broken.
+
+    `coin` in [0, 1) decides in the stage "mix" whether the picture is drawn from itself.
+    """
+    text, target = row["text"], decode(row["target"])
+    if stage == "reconstruct" or (stage == "mix" and coin < 0.5):
+        return "", [target], target
+    text = text[-1] if isinstance(text, list) else text
+    if not (isinstance(text, str) and text.strip()):
+        raise ValueError("an empty caption")
+    sources = row.get("sources") or []
+    sources = sources if isinstance(sources, list) else [sources]
+    if stage in ("edit", "instruct") and not 1 <= len(sources) <= MAX_PICTURES:
+        raise ValueError(f"{len(sources)} source pictures")
+    return text, [decode(picture) for picture in sources], target
+
+
+def decode(value):
+    """A picture as `datasets` stores it, {"bytes": ..., "path": ...}, as PIL."""
+    data = value["bytes"]
+    picture = PILImage.open(io.BytesIO(data) if data else value["path"])
+    picture.load()
+    return picture
+
+
+class Examples(Dataset):
+    """A dataset on disk, in another order each epoch; broken rows are stepped over and counted."""
+
+    def __init__(self, rows, stage, seed):
+        self.rows, self.stage, self.seed, self.order = rows, stage, seed, (None, None)
+
+    def __getitem__(self, index):
+        """(prompt, source pictures, target picture, rows stepped over)."""
+        epoch, place = divmod(index, len(self.rows))
+        if self.order[0] != epoch:
+            shuffled = np.random.default_rng((self.seed, epoch)).permutation(len(self.rows))
+            self.order = epoch, shuffled
+        for skipped in range(MOST_BROKEN):
+            row = self.rows[int(self.order[1][(place + skipped * 7919) % len(self.rows)])]
+            try:
+                coin = random.Random(f"{self.seed} {index}").random()
+                return *read_row(row, self.stage, coin), skipped
+            except Exception:
+                continue
+        raise too_many_broken()
+
+
+def too_many_broken():
+    return InputError(f"{MOST_BROKEN} broken pictures or empty captions in a row: look at --data.")
+
+
+class Stream(IterableDataset):
+    """A streamed dataset: each rank and worker reads its own share; stepping in is exact.
+
+    `batches` of `micro` samples were taken by this rank before; they are read over undecoded.
+    """
+
+    def __init__(self, rows, stage, seed, rank, world, batches, micro):
+        self.rows, self.stage, self.seed = rows, stage, seed
+        self.rank, self.world, self.batches, self.micro = rank, world, batches, micro
+
+    def __iter__(self):
+        info = get_worker_info()
+        workers, worker = (info.num_workers, info.id) if info else (1, 0)
+        # The loader asks worker 0 first, whichever was next when the run was left.
+        worker = (worker + self.batches) % workers
+        over = (self.batches - worker + workers - 1) // workers * self.micro
+        number, epoch, skipped = 0, 0, 0
+        while True:
+            rows = self.rows.shuffle(seed=self.seed + epoch, buffer_size=SHUFFLE_BUFFER)
+            share = (self.rank * workers + worker, self.world * workers)
+            # Its `iter` leaves the splitting between workers to us, its `__iter__` does not.
+            for columns in split_dataset_by_node(rows, *share).iter(1):
+                row = {name: values[0] for name, values in columns.items()}
+                try:
+                    coin = random.Random(f"{self.seed} {share} {number}").random()
+                    made = read_row(row, self.stage, coin)
+                except Exception:
+                    skipped += 1
+                    if skipped == MOST_BROKEN:
+                        raise too_many_broken() from None
+                    continue
+                number += 1
+                if number > over:
+                    yield *made, skipped
+                skipped = 0
+            epoch += 1
+
+
+def collate(rows, resolution):
+    """Rows as a batch: prompts, pictures, targets (B, 3, R, R) in [-1, 1], rows stepped over."""
+    prompts, images, targets, skipped = zip(*rows, strict=True)
+    size, way = (resolution, resolution), PILImage.Resampling.BICUBIC
+    arrays = [np.asarray(ImageOps.fit(rgb(picture), size, way)) for picture in targets]
+    pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return prompts, images, pixels, sum(skipped)
+
+
+def open_batches(config, kinds, resolution, first, rank, world):
+    """An endless iterator over this rank's micro-batches from step `first` on (see `collate`).
+
+    config.data is "shapes", whose `kinds` and their weights the stage names, or one or more
+    datasets, "NAME,NAME=WEIGHT,...". Raises InputError where one cannot be read.
+    """
+    share = config.batch_size // world
+    micro = config.micro_batch_size or share
+    sampler = (
+        step * config.batch_size + rank * share + i
+        for step in range(first, config.steps)
+        for i in range(share)
+    )
+    if config.data == "shapes":
+        data = Shapes(kinds, config.seed)
+    else:
+        named = [part.partition("=") for part in config.data.split(",")]
+        columns = {role: getattr(config, f"{role}_column") for role in COLUMNS}
+        seeing = config.stage in ("edit", "instruct")
+        rows = [
+            standard(open_dataset(name, config.streaming), name, columns, seeing)
+            for name, _, _ in named
+        ]
+        weights = np.array([float(weight or 1) for _, _, weight in named])
+        mixed = rows[0]
+        if len(rows) > 1:
+            options = {"seed": config.seed, "stopping_strategy": "all_exhausted"}
+            mixed = interleave_datasets(rows, list(weights / weights.sum()), **options)
+        if config.streaming:
+            taken = first * share // micro
+            data = Stream(mixed, config.stage, config.seed, rank, world, taken, micro)
+            sampler = None
+        else:
+            data = Examples(mixed, config.stage, config.seed)
+    options = {"num_workers": config.workers, "pin_memory": config.device == "cuda"}
+    collated = partial(collate, resolution=resolution)
+    return iter(DataLoader(data, micro, sampler=sampler, collate_fn=collated, **options))

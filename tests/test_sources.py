@@ -1,0 +1,199 @@
+"""Datasets in the schemas of the paper's sizes: read, mixed, streamed, resumed, and if broken."""
+
+import io
+import itertools
+import json
+import tarfile
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_train import losses, run, sys
+
+from data.sources import open_batches
+from metaquery import InputError
+
+
+def picture(number):
+    """A 20x16 picture that tells its number by its red."""
+    return Image.new("RGB", (20, 16), (number, 99, 200))
+
+
+def as_bytes(image, kind="PNG"):
+    file = io.BytesIO()
+    image.save(file, kind)
+    return file.getvalue()
+
+
+def make(folder, kind, number=12, broken=()):
+    """A small dataset folder in the layout that `kind` names; rows in `broken` have no picture."""
+    folder.mkdir()
+    files = [b"broken" if i in broken else as_bytes(picture(i)) for i in range(number)]
+    if kind == "webdataset":
+        for shard in range(4):
+            with tarfile.open(folder / f"cc12m-train-{shard:04d}.tar", "w") as tar:
+                for i in range(shard, number, 4):
+                    for name, data in ((f"{i:06d}.jpg", files[i]), (f"{i:06d}.txt", f"no {i}")):
+                        data = data if isinstance(data, bytes) else data.encode()
+                        header = tarfile.TarInfo(name)
+                        header.size = len(data)
+                        tar.addfile(header, io.BytesIO(data))
+        return folder
+    if kind.startswith("metadata"):
+        for i, data in enumerate(files):
+            (folder / f"{i}.png").write_bytes(data)
+        rows = [{"file_name": f"{i}.png", "text": f"no {i}"} for i in range(number)]
+        if kind == "metadata.csv":
+            lines = ["file_name,text", *(f"{r['file_name']},{r['text']}" for r in rows)]
+        else:
+            lines = [json.dumps(row) for row in rows]
+        (folder / kind).write_text("\n".join(lines))
+        return folder
+    image, several = datasets.Image(), datasets.List(datasets.Image())
+    stored = [{"bytes": data, "path": None} for data in files]
+    before = [{"bytes": as_bytes(picture(100 + i)), "path": None} for i in range(number)]
+    text = datasets.Value("string")
+    if kind == "parquet":
+        columns = {"image": stored, "caption": [f"no {i}" for i in range(number)]}
+        features = {"image": image, "caption": text}
+    elif kind == "OmniEdit":
+        columns = {"src_img": before, "edited_img": stored, "omni_edit_id": ["x"] * number,
+                   "edited_prompt_list": [["long", f"no {i}"] for i in range(number)]}  # fmt: skip
+        features = {"src_img": image, "edited_img": image, "omni_edit_id": text,
+                    "edited_prompt_list": datasets.List(text)}  # fmt: skip
+    else:
+        before = [before[: i % 6 + 1] for i in range(number)]
+        prompts = [f"no {i}" for i in range(number)]
+        columns = {"source_images": before, "target_image": stored, "prompt": prompts}
+        features = {"source_images": several, "target_image": image, "prompt": text}
+    made = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    half = number // 2
+    for part, rows in enumerate((range(half), range(half, number))):
+        made.select(rows).to_parquet(folder / f"train-{part:05d}-of-00002.parquet")
+    return folder
+
+
+def batches(data, number, first=0, rank=0, world=1, **changes):
+    """The first micro-batches that a run of batches of 4 over `data` sees."""
+    config = SimpleNamespace(
+        data=str(data), stage="pretrain", batch_size=4, micro_batch_size=0, steps=1000, seed=0,
+        text_column="", target_column="", sources_column="", streaming=False, workers=0,
+        device="cpu",
+    )  # fmt: skip
+    vars(config).update(changes)
+    return list(itertools.islice(open_batches(config, {}, 8, first, rank, world), number))
+
+
+def numbers(made):
+    return [int(prompt.split()[-1]) for batch in made for prompt in batch[0]]
+
+
+KINDS = {"webdataset": "pretrain", "metadata.csv": "pretrain", "metadata.jsonl": "pretrain",
+         "parquet": "pretrain", "OmniEdit": "edit", "MetaQuery-Instruct": "instruct"}  # fmt: skip
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind, stage", KINDS.items())
+def test_every_schema_is_read(tmp_path, kind, stage, streaming):
+    """An epoch holds every sample once, each with its own words and pictures."""
+    folder = make(tmp_path / "data", kind)
+    made = batches(folder, 6, stage=stage, streaming=streaming)
+    seen = numbers(made)
+    assert sorted(seen[:12]) == sorted(seen[12:]) == list(range(12)) and seen[:12] != seen[12:]
+    for prompts, images, targets, _ in made:
+        assert targets.shape == (4, 3, 8, 8)
+        for prompt, row, target in zip(prompts, images, targets, strict=True):
+            number = int(prompt.split()[-1])
+            assert ((target[0] + 1) * 127.5 - number).abs().max() < 2
+            assert len(row) == {"pretrain": 0, "edit": 1, "instruct": number % 6 + 1}[stage]
+            assert all(99 < np.asarray(source)[0, 0, 0] < 112 for source in row)
+
+
+@pytest.mark.parametrize("stage, share", [("reconstruct", 1), ("mix", 0.5)])
+def test_pictures_are_drawn_from_themselves(tmp_path, stage, share):
+    made = batches(make(tmp_path / "data", "parquet"), 50, stage=stage)
+    own = [len(row) for _, images, _, _ in made for row in images]
+    assert abs(sum(own) / len(own) - share) < 0.1
+    for prompts, images, _, _ in made:
+        assert all((prompt == "") == bool(row) for prompt, row in zip(prompts, images, strict=True))
+
+
+@pytest.mark.parametrize("streaming, workers", [(False, 0), (False, 2), (True, 0), (True, 2)])
+def test_going_on_is_exact(tmp_path, streaming, workers):
+    """From any step, also in the middle of an epoch, the same batches come as without a break."""
+    folder = make(tmp_path / "data", "webdataset", 24)
+    options = {"streaming": streaming, "workers": workers}
+    whole = numbers(batches(folder, 9, **options))
+    for first in (1, 4, 7):
+        assert numbers(batches(folder, 9 - first, first=first, **options)) == whole[4 * first :]
+
+
+@pytest.mark.parametrize("streaming, workers", [(False, 0), (True, 0), (True, 2)])
+def test_ranks_share_an_epoch(tmp_path, streaming, workers):
+    folder = make(tmp_path / "data", "webdataset", 32)
+    options = {"world": 2, "streaming": streaming, "workers": workers}
+    parts = [numbers(batches(folder, 8, rank=rank, **options)) for rank in range(2)]
+    assert sorted(parts[0] + parts[1]) == list(range(32))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_datasets_are_mixed_by_weight(tmp_path, streaming):
+    few, many = make(tmp_path / "a", "parquet", 40), tmp_path / "b"
+    many.mkdir()
+    rows = {"image": [picture(7)] * 40, "caption": [f"no {i}" for i in range(100, 140)]}
+    datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).to_parquet(
+        many / "train.parquet"
+    )
+    seen = numbers(batches(f"{few},{many}=3", 30, streaming=streaming))
+    assert 0.55 < sum(number >= 100 for number in seen) / len(seen) < 0.95
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_broken_rows_are_stepped_over_and_counted(tmp_path, streaming):
+    folder = make(tmp_path / "data", "parquet", 12, broken=(3, 8))
+    made = batches(folder, 5, streaming=streaming)
+    assert not {3, 8} & set(numbers(made)) and sum(batch[3] for batch in made) >= 2
+    with pytest.raises(InputError, match="in a row"):
+        batches(make(tmp_path / "bad", "parquet", 4, range(4)), 1, streaming=streaming)
+
+
+def test_wrong_data_is_one_line(tmp_path):
+    folder = make(tmp_path / "data", "parquet")
+    with pytest.raises(InputError, match="its columns are image, caption.*--text-column"):
+        batches(folder, 1, text_column="words")
+    with pytest.raises(InputError, match="sources"):
+        batches(folder, 1, stage="edit")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="cannot read --data"):
+        batches(tmp_path / "empty", 1)
+    with pytest.raises(InputError, match="cannot read --data"):
+        batches("nobody/nothing", 1)
+
+
+def test_columns_may_be_named(tmp_path):
+    (tmp_path / "data").mkdir()
+    rows = {"a": [picture(i) for i in range(8)], "b": [f"no {i}" for i in range(8)]}
+    made = datasets.Dataset.from_dict(rows).cast_column("a", datasets.Image())
+    made.to_parquet(tmp_path / "data" / "x.parquet")
+    seen = numbers(batches(tmp_path / "data", 2, text_column="b", target_column="a"))
+    assert sorted(seen) == list(range(8))
+
+
+def test_training_on_a_dataset(parts, tmp_path):
+    """train.py itself, on a folder, and resumed."""
+    folder = make(tmp_path / "data", "webdataset", 16)
+    for out, steps in (("a", 4), ("b", 2), ("b", 4)):
+        command = [sys.executable, "train.py", "--mllm", parts / "llava", "--diffusion",
+                   parts / "sana", "--data", folder, "--streaming", "--batch-size", 4, "--steps", 4,
+                   "--num-queries", 4, "--connector-layers", 1, "--save-every", 2, "--out",
+                   tmp_path / out]  # fmt: skip
+        done = run([str(part) for part in command])
+        assert done.returncode == 0, done.stderr
+        if steps == 2:
+            for name in ("step-00000004", "log.jsonl"):
+                run(["rm", "-r", str(tmp_path / out / name)])
+    assert losses(tmp_path / "b") == losses(tmp_path / "a")[2:]
+    assert torch.isfinite(torch.tensor(losses(tmp_path / "a"))).all()
