@@ -10,28 +10,30 @@ then the model: queries, frozen forward, loss, sampling. Sizes differ by a prese
 import json
 import os
 import warnings
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
 
 import diffusers
-import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import ModelHubMixin, snapshot_download
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
+from data.pictures import rgb
+
 SYSTEM_PROMPT = (
     "You will be given an image or its caption. "
     "Please describe the content of the image in detail in your own words."
 )
 MAX_PROMPT_TOKENS, MAX_PICTURES = 256, 6
-BICUBIC = Image.Resampling.BICUBIC
 TINY = Path(__file__).resolve().parent / "weights" / "tiny"
 
 
@@ -43,10 +45,9 @@ class InputError(ValueError):
 class MetaQueryConfig:
     """What defines a MetaQuery model. Components are named by a hub id or a folder (§3, §4).
 
-    mllm: the frozen (multimodal) language model. diffusion: the diffusion model, with its VAE and
-    scheduler. num_queries: N. connector: "enc-proj" or "proj-enc" (Table 3), of connector_layers.
-    condition (Table 1): "queries", "random" (queries that are not trained) or "last_layer" (the
-    prompt's own last-layer states). train_mllm, train_diffusion: what else is trained (Table 2).
+    diffusion: with its VAE and scheduler. num_queries: N. connector: "enc-proj" or "proj-enc"
+    (Table 3). condition (Table 1): "queries", "random" (queries that are not trained) or
+    "last_layer" (the prompt's own states). train_mllm, train_diffusion: what else is (Table 2).
     """
 
     mllm: str = str(TINY / "mllm")
@@ -89,13 +90,11 @@ class ConnectorLayer(nn.Module):
 
     def __init__(self, dim):
         super().__init__()
-        self.attention_norm = nn.RMSNorm(dim, eps=1e-6)
+        self.attention_norm, self.mlp_norm = (nn.RMSNorm(dim, eps=1e-6) for _ in range(2))
         self.qkv = nn.Linear(dim, 3 * dim)
         self.query_norm, self.key_norm = nn.RMSNorm(64, eps=1e-6), nn.RMSNorm(64, eps=1e-6)
         self.out = nn.Linear(dim, dim, bias=False)
-        self.mlp_norm = nn.RMSNorm(dim, eps=1e-6)
-        self.gate = nn.Linear(dim, 4 * dim, bias=False)
-        self.up = nn.Linear(dim, 4 * dim, bias=False)
+        self.gate, self.up = (nn.Linear(dim, 4 * dim, bias=False) for _ in range(2))
         self.down = nn.Linear(4 * dim, dim, bias=False)
 
     def forward(self, x, cos, sin, mask):
@@ -148,7 +147,7 @@ class Connector(nn.Module):
         return self.norm(x.to(self.norm.weight.dtype))
 
 
-class MetaQuery(nn.Module):
+class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit"):
     """Learnable queries, a frozen MLLM, a connector and a diffusion model (Figure 1).
 
     Attributes: queries (N, d), mllm, processor, connector, diffusion, vae, scheduler, config.
@@ -160,23 +159,20 @@ class MetaQuery(nn.Module):
         self.config = config
         self.mllm, self.processor, self.diffusion, *rest = load_parts(config, dtype)
         self.vae, self.scheduler = rest
+        self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        self.tokenizer.padding_side = "left"
         self.sees = hasattr(self.mllm.config, "vision_config")
         self.is_flow = "flow" in str(self.scheduler.config.get("prediction_type"))
-        self.scale = self.vae.config.scaling_factor
-        self.shift = self.vae.config.get("shift_factor") or 0
-        self.compression = 2 ** (len(self.vae.config.get("block_out_channels") or
-                                     self.vae.config.encoder_block_out_channels) - 1)  # fmt: skip
-        d, width = self.mllm.config.get_text_config().hidden_size, condition_width(self.diffusion)
+        z, width = self.vae.config, condition_width(self.diffusion)
+        self.scale, self.shift = z.scaling_factor, z.get("shift_factor") or 0
+        d = self.mllm.config.get_text_config().hidden_size
         gain = 5.5**0.5 if "caption_channels" in self.diffusion.config else 1.0
         self.queries = nn.Parameter(torch.randn(config.num_queries, d) * 0.02)
         self.connector = Connector(d, width, config.connector_layers, config.connector, gain)
         self.queries.requires_grad_(config.condition == "queries")
         self.vae.requires_grad_(False)
-        for part, trained in (
-            (self.mllm, config.train_mllm),
-            (self.diffusion, config.train_diffusion),
-        ):
-            part.requires_grad_(trained).to(torch.float32 if trained else dtype)
+        self.mllm.requires_grad_(config.train_mllm)
+        self.diffusion.requires_grad_(config.train_diffusion)
 
     def prepare(self, prompts, images=None, system=SYSTEM_PROMPT):
         """Prompts and pictures as the MLLM's inputs, padded on the left, on the model's device.
@@ -186,8 +182,6 @@ class MetaQuery(nn.Module):
         without one they go as they are. Raises InputError where a text-only MLLM is given
         pictures, or one prompt more than 6.
         """
-        tokenizer = getattr(self.processor, "tokenizer", self.processor)
-        tokenizer.padding_side = "left"
         images = [[rgb(p) for p in row or []] for row in images or [None] * len(prompts)]
         if any(images) and not self.sees:
             sees = "LLaVA-OneVision or Qwen2.5-VL"
@@ -196,15 +190,15 @@ class MetaQuery(nn.Module):
             raise InputError(f"{most} pictures for one prompt: give at most {MAX_PICTURES}.")
         texts = []
         for prompt, row in zip(prompts, images, strict=True):
-            messages = conversation(clean(tokenizer, prompt), len(row), system, self.sees)
+            messages = conversation(clean(self.tokenizer, prompt), len(row), system, self.sees)
             options = {"tokenize": False, "add_generation_prompt": True}
             texts.append(self.processor.apply_chat_template(messages, **options))
         options = {"padding": True, "return_tensors": "pt"}
         if not any(images):
-            return tokenizer(texts, **options).to(self.queries.device)
+            return self.tokenizer(texts, **options).to(self.queries.device)
         if system and self.mllm.config.model_type == "llava_onevision":
             square = (self.mllm.config.vision_config.image_size,) * 2
-            images = [[ImageOps.fit(p, square, BICUBIC) for p in row] for row in images]
+            images = [[ImageOps.fit(p, square) for p in row] for row in images]
         elif system:
             options["size"] = {"shortest_edge": 256 * 28 * 28, "longest_edge": 1280 * 28 * 28}
         return self.processor(text=texts, images=images, **options).to(self.queries.device)
@@ -295,7 +289,7 @@ class MetaQuery(nn.Module):
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         images = [[rgb(p) for p in row or []] for row in images or [None] * len(prompts)]
         negative, weights = [negative_prompt] * len(prompts), [guidance_scale]
-        texts, pictures = [*prompts], [*images]
+        texts, pictures = prompts, images
         if any(images) and image_guidance_scale > 1:
             texts, pictures = texts + negative * 2, pictures + images + black(images)
             weights += [image_guidance_scale - guidance_scale, 1 - image_guidance_scale]
@@ -331,22 +325,18 @@ class MetaQuery(nn.Module):
         inputs = self.prepare([prompt], [images], system)
         options = {"max_new_tokens": max_new_tokens, "do_sample": False, "streamer": streamer}
         made = self.mllm.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
-        tokenizer = getattr(self.processor, "tokenizer", self.processor)
-        return tokenizer.batch_decode(made, skip_special_tokens=True)[0].strip()
+        return self.tokenizer.batch_decode(made, skip_special_tokens=True)[0].strip()
 
     def interleave(self, prompt, images=None, max_new_tokens=256, **options):
-        """Text, then a picture: yields what the MLLM says to the prompt, then what is drawn of it.
-
-        Both come of one conversation: the queries read what the text answers. `options` are those
-        of `generate`.
-        """
+        """Text, then a picture, both of one conversation: yields each; `options` of `generate`."""
         yield self.answer(prompt, images, max_new_tokens, SYSTEM_PROMPT)
         yield self.generate([prompt], [images], **options)[0]
 
-    def save_pretrained(self, folder):
-        """Write what was trained to model.safetensors; config.json names the frozen parts."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+    def _save_pretrained(self, folder):
+        """Write what was trained to model.safetensors; config.json names the frozen parts.
+
+        save_pretrained(folder), of huggingface_hub, adds a model card; push_to_hub(id) uploads all.
+        """
         config = asdict(self.config)
         for name in ("mllm", "diffusion"):
             if (path := Path(config[name])).exists():
@@ -357,19 +347,21 @@ class MetaQuery(nn.Module):
 
     def trained_state(self):
         """What a checkpoint holds: queries, connector and what else the config trains."""
-        kept = ["queries", "connector.", *["mllm."] * self.config.train_mllm]
-        kept += ["diffusion."] * self.config.train_diffusion
-        state = {k: v for k, v in self.state_dict().items() if k.startswith(tuple(kept))}
-        first = {weights.data_ptr(): name for name, weights in reversed(state.items())}
-        return {name: state[name].contiguous() for name in sorted(first.values())}
+        trains = {"mllm": self.config.train_mllm, "diffusion": self.config.train_diffusion}
+        kept = {"queries": True, "connector": True} | trains
+        named = self.named_parameters()
+        return {n: p.detach().contiguous() for n, p in named if kept.get(n.split(".")[0])}
 
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32, **changes):
-        """Load a checkpoint, frozen parts in `dtype`; `changes` replace fields of its config.
+        """Load a checkpoint, a folder or a hub id; `changes` replace fields of its config.
 
-        Raises InputError where the folder is missing, empty, broken or of another shape.
+        Frozen parts are in `dtype`. Raises InputError where it is missing, broken or misshapen.
         """
         folder = Path(folder)
+        if not folder.exists() and len(folder.parts) == 2:
+            with suppress(OSError, ValueError):
+                folder = Path(snapshot_download(str(folder)))
         for name in ("config.json", "model.safetensors"):
             if not (folder / name).is_file():
                 raise InputError(f"{folder} holds no {name}: name a folder that train.py saved.")
@@ -393,8 +385,7 @@ class MetaQuery(nn.Module):
         wrong = [k for k in expected if k not in state or state[k].shape != expected[k].shape]
         wrong += [k for k in state if k not in expected]
         if wrong:
-            names = f"{len(wrong)} differ, first {wrong[0]}"
-            raise InputError(f"weights in {source} do not fit this model's config: {names}.")
+            raise InputError(f"{len(wrong)} weights of {source} do not fit the config: {wrong[0]}.")
         self.load_state_dict(state, strict=False)
 
 
@@ -417,20 +408,6 @@ def clean(tokenizer, prompt):
     return tokenizer.decode(ids[:MAX_PROMPT_TOKENS])
 
 
-def rgb(picture):
-    """A PIL picture of any mode as RGB: upright, 8 bits, clear parts white, cut to 100 to 1."""
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I"):
-        picture = Image.fromarray((np.asarray(picture) / 257).clip(0, 255).astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    width, height = picture.size
-    if max(width, height) > 100 * min(width, height):  # Qwen2.5-VL's processor refuses 200 to 1
-        picture = ImageOps.fit(picture, (min(width, 100 * height), min(height, 100 * width)))
-    return picture.convert("RGB")
-
-
 def black(images):
     """Black pictures of the same sizes: the dropped picture condition (§5.2)."""
     return [[Image.new("RGB", picture.size) for picture in row] for row in images]
@@ -443,21 +420,22 @@ def condition_width(diffusion):
 
 def load_parts(config, dtype):
     """MLLM, processor (a text-only MLLM's tokenizer), diffusion model, VAE and scheduler."""
-    options = {"torch_dtype": dtype, "low_cpu_mem_usage": False}
+    options, trained = {"low_cpu_mem_usage": False}, {True: torch.float32, False: dtype}
     name, auto = config.mllm, transformers
     try:
         sees = hasattr(auto.AutoConfig.from_pretrained(name), "vision_config")
         mllm = auto.AutoModelForImageTextToText if sees else auto.AutoModelForCausalLM
-        mllm = mllm.from_pretrained(name, dtype=dtype).eval()
+        mllm = mllm.from_pretrained(name, dtype=trained[config.train_mllm]).eval()
         processor = (auto.AutoProcessor if sees else auto.AutoTokenizer).from_pretrained(name)
         name, auto = config.diffusion, diffusers.AutoModel
         try:
             part, scheduler = "transformer", diffusers.DPMSolverMultistepScheduler
-            auto.load_config(name, subfolder=part)
+            diffusers.SanaTransformer2DModel.load_config(name, subfolder=part)
         except OSError:
             part, scheduler = "unet", diffusers.DDPMScheduler
+        vae = auto.from_pretrained(name, subfolder="vae", torch_dtype=dtype, **options).eval()
+        options["torch_dtype"] = trained[config.train_diffusion]
         diffusion = auto.from_pretrained(name, subfolder=part, **options)
-        vae = auto.from_pretrained(name, subfolder="vae", **options).eval()
         scheduler = scheduler.from_pretrained(name, subfolder="scheduler")
     except (OSError, ValueError) as error:
         reason = f"cannot load {name} ({str(error).strip().splitlines()[0]})"

@@ -7,18 +7,20 @@ python sample.py "how many stars?" --image a.png --ask  answers in text, by the 
 python sample.py --prompts FILE --out DIR               one prompt a line, or .jsonl with "prompt"
                                                         (and "images", a list of files)
 python sample.py --benchmark shapes --json FILE         draws unseen prompts and scores them
+python sample.py --benchmark geneval --data DIR --out DIR   draws others' prompts for their scorers
 """
 
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
 
 from data.pictures import grid, open_picture
 
 HERE = Path(__file__).resolve().parent
 BATCH = 25
+BENCHMARKS = ("shapes", "geneval", "dpg", "wise", "commonsense", "mjhq", "coco", "imagenet",
+              "dreambench")  # fmt: skip
 
 
 def arguments():
@@ -31,8 +33,9 @@ def arguments():
     add("--image", action="append", default=[], metavar="FILE", help="a source picture; up to 6")
     add("--ask", action="store_true", help="answer the prompt in text; draw nothing")
     add("--prompts", metavar="FILE", help='many prompts: one a line, or .jsonl with "prompt"')
-    add("--benchmark", choices=["shapes"], help="draw and score unseen cases of the tiny world")
-    add("--limit", type=int, default=50, help="benchmark prompts a kind (default 50)")
+    add("--benchmark", choices=BENCHMARKS, help="shapes is scored too; others need --data")
+    add("--data", metavar="DIR", help="where the benchmark's own prompts or pictures are")
+    add("--limit", type=int, help="the first N prompts only (shapes: N a kind, default 50)")
     add("--json", metavar="FILE", help="also write the benchmark's table as JSON")
     add("--size", default="tiny", help="tiny (shipped), base, large or xlarge")
     add("--checkpoint", metavar="DIR", help="a folder of train.py (default weights/SIZE)")
@@ -52,7 +55,8 @@ def arguments():
     if single + (args.prompts is not None) + (args.benchmark is not None) != 1:
         stop('give a prompt or --image, or --prompts FILE, or --benchmark shapes (see "--help").')
     for name, least in {"steps": 1, "num-images": 1, "limit": 1, "guidance": 0}.items():
-        if not (value := getattr(args, name.replace("-", "_"))) >= least:
+        value = getattr(args, name.replace("-", "_"))
+        if value is not None and not value >= least:
             stop(f"--{name} is {value}: it must be at least {least}.")
     return args
 
@@ -134,23 +138,25 @@ def ready(jobs, errors, first=0):
 
 
 def draw(model, rows, args):
-    """Pictures of (number, prompt, PIL pictures) rows: --num-images of each, from --seed."""
+    """Pictures of (prompt, PIL pictures) rows: for each a list of --num-images, from --seed."""
     import torch
 
-    _, prompts, images = zip(*rows, strict=True)
-    seeded = [torch.Generator(model.queries.device).manual_seed(args.seed) for _ in rows]
-    pictures = model.generate(
-        prompts,
-        images,
-        negative_prompt=args.negative_prompt,
-        num_inference_steps=args.steps,
-        guidance_scale=args.guidance,
-        image_guidance_scale=args.image_guidance,
-        num_images_per_prompt=args.num_images,
-        generator=[generator for generator in seeded for _ in range(args.num_images)],
-    )
-    n = args.num_images
-    return [pictures[i * n : (i + 1) * n] for i in range(len(rows))]
+    drawn, n = [], args.num_images
+    for start in range(0, len(rows), BATCH):
+        prompts, images = zip(*rows[start : start + BATCH], strict=True)
+        seeded = [torch.Generator(model.queries.device).manual_seed(args.seed) for _ in prompts]
+        pictures = model.generate(
+            prompts,
+            images,
+            negative_prompt=args.negative_prompt,
+            num_inference_steps=args.steps,
+            guidance_scale=args.guidance,
+            image_guidance_scale=args.image_guidance,
+            num_images_per_prompt=n,
+            generator=[generator for generator in seeded for _ in range(n)],
+        )
+        drawn += [pictures[i : i + n] for i in range(0, len(pictures), n)]
+    return drawn
 
 
 def draw_jobs(model, jobs, args, out, errors):
@@ -160,7 +166,8 @@ def draw_jobs(model, jobs, args, out, errors):
     shown, count = [], 0
     for start in tqdm(range(0, len(jobs), BATCH), "drawing", disable=len(jobs) <= BATCH):
         rows = list(ready(jobs[start : start + BATCH], errors, start))
-        for row, pictures in zip(rows, draw(model, rows, args) if rows else [], strict=True):
+        drawn = draw(model, [row[1:] for row in rows], args)
+        for row, pictures in zip(rows, drawn, strict=True):
             for i, picture in enumerate(pictures):
                 if out.suffix:
                     shown.append(picture)
@@ -177,53 +184,16 @@ def answer_jobs(model, jobs, errors):
     """Print the MLLM's answer to every job that is well, as it is made."""
     from transformers import TextStreamer
 
-    tokenizer = getattr(model.processor, "tokenizer", model.processor)
     for _, prompt, pictures in ready(jobs, errors):
-        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = TextStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
         model.answer(prompt, pictures, streamer=streamer)
-
-
-def benchmark(model, args):
-    """Draw and answer --limit unseen cases of each kind and score them; a table, and as JSON."""
-    from tqdm import tqdm
-
-    from data.shapes import PICTURE_KINDS, SIX_KINDS, TEXT_KINDS, sample, scores, unseen_question
-
-    began, table, shown = time.time(), {}, []
-    for kind in tqdm(TEXT_KINDS + PICTURE_KINDS * model.sees, "kinds"):
-        made = [sample(kind, i, args.seed, "test") for i in range(args.limit)]
-        rows, drawn = [(i, s.prompt, s.images) for i, s in enumerate(made)], []
-        for start in range(0, len(rows), BATCH):
-            drawn += draw(model, rows[start : start + BATCH], args)
-        table |= scores([(p, s) for row, s in zip(drawn, made, strict=True) for p in row])
-        for s, row in list(zip(made, drawn, strict=True))[:10]:
-            shown += [*s.images[:1], row[0]]
-    if model.sees:
-        asked = [unseen_question(i, args.seed) for i in tqdm(range(args.limit), "answers")]
-        right = [model.answer(t.user, t.images) == t.assistant for t in asked]
-        table["answers"] = sum(right) / len(right)
-    table["six-kind overall"] = sum(table[kind] for kind in SIX_KINDS) / len(SIX_KINDS)
-    for name, value in table.items():
-        print(f"{name:>20}  {value:.3f}")
-    cases = args.limit * args.num_images
-    print(f"{cases} unseen cases a kind, seed {args.seed}, {args.steps} steps, "
-          f"guidance {args.guidance:g}, image guidance {args.image_guidance:g}, "
-          f"{time.time() - began:.0f} s")  # fmt: skip
-    if args.json:
-        names = ("seed", "steps", "guidance", "image_guidance")
-        settings = {name: getattr(args, name) for name in names}
-        written = {"scores": table, "pictures_per_kind": cases} | settings
-        Path(args.json).write_text(json.dumps(written, indent=2) + "\n")
-    if args.out:
-        path = Path(args.out)
-        path = path if path.suffix else path / "benchmark.png"
-        grid(shown, 20).save(path)
-        print(f"saved {path}")
 
 
 def main():
     args = arguments()
     jobs = read_jobs(args.prompts) if args.prompts else [(args.prompt or "", args.image)]
+    official = args.benchmark not in (None, "shapes")
+    args.out = args.out or (f"samples-{args.benchmark}" if official else args.out)
     out = writable(args.out or ("samples" if args.prompts else "sample.png"))
     if out.suffix.lower() not in ("", ".png", ".jpg", ".jpeg", ".webp"):
         stop(f"--out {out} is no kind of picture: end it in .png, .jpg or .webp, or name a folder.")
@@ -245,7 +215,10 @@ def main():
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         model = MetaQuery.from_pretrained(folder).to(device, getattr(torch, args.dtype)).eval()
         if args.benchmark:
-            benchmark(model, args)
+            from data import benchmarks
+
+            run = benchmarks.official if official else benchmarks.shapes
+            run(model, draw, args)
         elif args.ask:
             answer_jobs(model, jobs, errors)
         else:

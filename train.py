@@ -32,7 +32,7 @@ from transformers import HfArgumentParser, get_cosine_with_min_lr_schedule_with_
 
 from data.pictures import grid
 from data.shapes import CAPTION_KINDS, sample
-from data.sources import open_batches
+from data.sources import open_batches, resolution_of
 from metaquery import InputError, MetaQuery, MetaQueryConfig, black
 from sample import stop
 
@@ -249,7 +249,7 @@ def train(config, model_config):
 
     side = model.diffusion.config.sample_size
     latent, kinds = (model.diffusion.config.in_channels, side, side), STAGES[config.stage][0]
-    loader = open_batches(config, kinds, side * model.compression, first, rank, world)
+    loader = open_batches(config, kinds, resolution_of(model), first, rank, world)
     # On a CPU the backward pass of the fused bf16 attention is slower than the plain one's.
     attention = [SDPBackend.MATH] if device.type == "cpu" else list(SDPBackend.__members__.values())
     stopping = []

@@ -84,7 +84,7 @@ def meta_mllm(name):
         config = transformers.AutoConfig.from_pretrained(name)
     except (OSError, ValueError):
         if name not in MLLMS:
-            raise
+            raise OSError(f"{name} is not here and not known: name a folder with it.") from None
         config = MLLMS[name]()
     sees = hasattr(config, "vision_config")
     auto = transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
@@ -100,7 +100,7 @@ def meta_diffusion(name):
         part = "transformer" if (Path(name) / "transformer").exists() else "unet"
         found = []
         for subfolder in (part, "vae"):
-            config = diffusers.AutoModel.load_config(name, subfolder=subfolder)
+            config = diffusers.SanaTransformer2DModel.load_config(name, subfolder=subfolder)
             found.append(getattr(diffusers, config["_class_name"]).from_config(config))
         return found
 

@@ -1,9 +1,10 @@
-"""Picture files in, grids of pictures out."""
+"""Picture files in, as they look; grids of pictures out."""
 
 import math
 import warnings
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageOps
 
 
 def open_picture(path):
@@ -25,12 +26,27 @@ def open_picture(path):
         raise ValueError(f"picture {path} is broken ({error}): save it anew.") from None
 
 
-def grid(pictures, columns=None):
-    """Pictures side by side in one PIL picture, two pixels apart, as square as they come."""
+def grid(pictures, columns=None, gap=2):
+    """Pictures side by side in one PIL picture, `gap` pixels apart, as square as they come."""
     columns = columns or math.ceil(math.sqrt(len(pictures)))
     width, height = pictures[0].size
     rows = math.ceil(len(pictures) / columns)
-    sheet = Image.new("RGB", (columns * (width + 2) - 2, rows * (height + 2) - 2), "white")
+    width, height = width + gap, height + gap
+    sheet = Image.new("RGB", (columns * width - gap, rows * height - gap), "white")
     for i, picture in enumerate(pictures):
-        sheet.paste(picture, (i % columns * (width + 2), i // columns * (height + 2)))
+        sheet.paste(picture, (i % columns * width, i // columns * height))
     return sheet
+
+
+def rgb(picture):
+    """A PIL picture of any mode as RGB: upright, 8 bits, clear parts white, cut to 100 to 1."""
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):
+        picture = Image.fromarray((np.asarray(picture) / 257).clip(0, 255).astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    width, height = picture.size
+    if max(width, height) > 100 * min(width, height):  # Qwen2.5-VL's processor refuses 200 to 1
+        picture = ImageOps.fit(picture, (min(width, 100 * height), min(height, 100 * width)))
+    return picture.convert("RGB")

@@ -216,7 +216,8 @@ def patch_labels(scene):
 
 
 PLACE_WORDS = ("top", "bottom", "left", "right", "centre")
-EYE_WORDS = (*SHAPES, *COLORS, *BACKGROUNDS, *PLACE_WORDS, "half", "core", "background")
+INNER = tuple(f"{color}'" for color in COLORS)  # an object's second colour
+EYE_WORDS = (*SHAPES, *COLORS, *INNER, *BACKGROUNDS, *PLACE_WORDS, "half", "core", "background")
 
 
 def patch_words(scene):
@@ -229,8 +230,9 @@ def patch_words(scene):
     groups = [("background", scene.background)] * SIDE * SIDE
     for patch, item in zip(centre_patches(scene), scene.objects, strict=True):
         place = place_of(item)
-        inner = {"plain": (), "halves": ("half", item.inner), "core": ("core", item.inner)}
-        groups[patch] = (item.color, item.shape, *inner[item.pattern], *place.split())
+        kind = {"plain": (), "halves": ("half",), "core": ("core",)}[item.pattern]
+        second = (f"{item.inner}'",) * (item.inner is not None)
+        groups[patch] = (item.color, item.shape, *kind, *second, *place.split())
         x, y = PLACES[place]
         made[patch, -3:] = (item.x - x) / 8, (item.y - y) / 8, (item.size - 28) / 8
     for row, group in zip(made, groups, strict=True):
@@ -240,9 +242,15 @@ def patch_words(scene):
 
 
 def words_to_vectors(rows, embeddings, tokenizer):
-    """Rows (..., words + 3) of `patch_words` in a language model's embedding space (..., d)."""
-    ids = [tokenizer(f" {word}")["input_ids"] for word in EYE_WORDS]
-    words = torch.stack([embeddings[i].sum(0) for i in ids])
+    """Rows (..., words + 3) of `patch_words` in a language model's embedding space (..., d).
+
+    A second colour is its word's embedding turned halfway round, so that it is not the first.
+    """
+    half, words = embeddings.shape[1] // 2, []
+    for word in EYE_WORDS:
+        vector = embeddings[tokenizer(" " + word.rstrip("'"))["input_ids"]].sum(0)
+        words.append(vector.roll(half) if word in INNER else vector)
+    words = torch.stack(words)
     directions = torch.randn(3, words.shape[1], generator=torch.Generator().manual_seed(0))
     return rows @ torch.cat([words, directions * embeddings.std().detach()])
 

@@ -942,7 +942,7 @@ _PICTURE_KINDS = ("edit", "edit", "one subject", "two subjects", "three subjects
 
 def _picture_task(rng):
     if rng.random() < 0.5:
-        scene = random_scene(rng, patterns=0.15) if rng.random() < 0.97 else Scene((), "black")
+        scene = random_scene(rng, patterns=0.25) if rng.random() < 0.97 else Scene((), "black")
         return Talk("", describe(scene), (scene,), True)
     made = sample(rng.choice(_PICTURE_KINDS), rng.randrange(1 << 40), "talk")
     return Talk(made.prompt, made.plain, made.sources, True)
@@ -963,9 +963,9 @@ def talks(rng):
     or facts.
     """
     part = rng.random()
-    if part < 0.4:
+    if part < 0.45:
         return [_picture_task(rng) for _ in range(rng.choice((1, 5)))]
-    if part < 0.65:
+    if part < 0.8:
         scene = random_scene(rng, patterns=0.15)
         first = Talk(*question(rng, scene), (scene,))
         return [first, *(Talk(*question(rng, scene)) for _ in range(7))]

@@ -18,8 +18,9 @@ from PIL import Image as PILImage
 from PIL import ImageOps
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
+from data.pictures import rgb
 from data.shapes import sample
-from metaquery import MAX_PICTURES, InputError, rgb
+from metaquery import MAX_PICTURES, InputError
 
 # Known names of each column; train.py's flags name others.
 COLUMNS = {
@@ -178,10 +179,17 @@ class Stream(IterableDataset):
 def collate(rows, resolution):
     """Rows as a batch: prompts, pictures, targets (B, 3, R, R) in [-1, 1], rows stepped over."""
     prompts, images, targets, skipped = zip(*rows, strict=True)
-    size, way = (resolution, resolution), PILImage.Resampling.BICUBIC
-    arrays = [np.asarray(ImageOps.fit(rgb(picture), size, way)) for picture in targets]
+    size = (resolution, resolution)
+    arrays = [np.asarray(ImageOps.fit(rgb(picture), size)) for picture in targets]
     pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
     return prompts, images, pixels, sum(skipped)
+
+
+def resolution_of(model):
+    """Pixels a side of the pictures that a MetaQuery's diffusion model draws."""
+    vae = model.vae.config
+    levels = vae.get("block_out_channels") or vae.encoder_block_out_channels
+    return model.diffusion.config.sample_size * 2 ** (len(levels) - 1)
 
 
 def open_batches(config, kinds, resolution, first, rank, world):

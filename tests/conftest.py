@@ -1,5 +1,6 @@
 """Tiny random models of the real classes, in folders of exactly the hub's layout."""
 
+import json
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -130,6 +131,13 @@ def make_sana(folder):
         use_flow_sigmas=True,
         flow_shift=3.0,
     ).save_pretrained(folder / "scheduler")
+    make_index(
+        folder,
+        "SanaPipeline",
+        transformer=["diffusers", "SanaTransformer2DModel"],
+        vae=["diffusers", "AutoencoderDC"],
+        scheduler=["diffusers", "DPMSolverMultistepScheduler"],
+    )
 
 
 def make_stable_diffusion(folder, prediction_type="epsilon"):
@@ -158,6 +166,19 @@ def make_stable_diffusion(folder, prediction_type="epsilon"):
         steps_offset=1,
         prediction_type=prediction_type,
     ).save_pretrained(folder / "scheduler")
+    make_index(
+        folder,
+        "StableDiffusionPipeline",
+        unet=["diffusers", "UNet2DConditionModel"],
+        vae=["diffusers", "AutoencoderKL"],
+        scheduler=["diffusers", "PNDMScheduler"],
+    )
+
+
+def make_index(folder, pipeline, **parts):
+    """The model_index.json of a diffusers pipeline folder."""
+    index = {"_class_name": pipeline, "_diffusers_version": diffusers.__version__} | parts
+    (folder / "model_index.json").write_text(json.dumps(index))
 
 
 @pytest.fixture(scope="session")

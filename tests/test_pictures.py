@@ -12,6 +12,7 @@ from test_sample import check_refused, cli
 from torch.func import functional_call
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from data.pictures import rgb
 from data.shapes import (
     EDITS,
     PICTURE_KINDS,
@@ -24,7 +25,7 @@ from data.shapes import (
     unseen_question,
 )
 from data.sources import Shapes, collate
-from metaquery import InputError, black, conversation, rgb
+from metaquery import InputError, black, conversation
 from train import STAGES, dropped
 
 BACKBONES = ["llava", "qwen-vl"]
