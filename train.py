@@ -8,6 +8,7 @@ step-00001000/ folders (weights and training state), log.jsonl, samples/step-*.p
 weights at its top, so that `sample.py --checkpoint OUT` works at any time.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
@@ -31,25 +33,18 @@ from tqdm import tqdm
 from transformers import HfArgumentParser, get_cosine_with_min_lr_schedule_with_warmup
 
 from data.pictures import grid
-from data.shapes import CAPTION_KINDS, sample
+from data.shapes import sample
 from data.sources import open_batches, resolution_of
-from metaquery import InputError, MetaQuery, MetaQueryConfig, black
+from data.stages import STAGES, dropped, recipe
+from metaquery import InputError, MetaQuery, MetaQueryConfig
 from sample import stop
 
-# What a stage draws, with weights, and its steps (§4, §5.2, §5.3). The last stage goes over all.
-SEEING = {"edit": 8, "one subject": 6, "two subjects": 4, "three subjects": 1, "association": 4}
-STAGES = {
-    "pretrain": (CAPTION_KINDS, 3600),
-    "reconstruct": ({"reconstruction": 1}, 3600),
-    "mix": (CAPTION_KINDS | {"reconstruction": sum(CAPTION_KINDS.values())}, 3600),
-    "edit": ({"edit": 1}, 1000),
-    "instruct": (CAPTION_KINDS | SEEING | {"reconstruction": 4}, 6000),
-}
 MIN_LR = 1e-5  # where the cosine ends (§4)
 MOST_BAD_STEPS = 10
+WEIGHED = ("model.safetensors", "training.pt")
 # What may differ between a run and its going on; the rest would make it another run.
 MAY_CHANGE = {"out", "micro_batch_size", "save_every", "keep", "sample_every", "workers", "resume",
-              "checkpoint", "zero", "device"}  # fmt: skip
+              "checkpoint", "zero", "device", "gradient_checkpointing", "compile"}  # fmt: skip
 
 
 @dataclass
@@ -64,7 +59,7 @@ class TrainConfig:
     target_column: str = ""
     sources_column: str = ""
     streaming: bool = False
-    steps: int | None = None
+    steps: int = 3600
     batch_size: int = 32
     micro_batch_size: int = 0
     lr: float = 1e-3
@@ -77,13 +72,13 @@ class TrainConfig:
     checkpoint: str = ""
     resume: str = "auto"
     zero: bool = False
+    gradient_checkpointing: bool = False
+    compile: bool = False
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
     def __post_init__(self):
         if self.stage not in STAGES:
             raise InputError(f"unknown stage {self.stage!r}: choose one of {', '.join(STAGES)}.")
-        if self.steps is None:
-            self.steps = STAGES[self.stage][1]
         if self.stage in ("edit", "instruct") and not self.checkpoint:
             raise InputError(f"--stage {self.stage} goes on from a model: give --checkpoint DIR.")
         for name in ("steps", "batch_size", "save_every", "sample_every", "keep"):
@@ -91,19 +86,6 @@ class TrainConfig:
                 raise InputError(
                     f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1."
                 )
-
-
-def dropped(stage, prompt, images, u):
-    """(prompt, images) with the conditions dropped that a uniform u in [0, 1) says (DESIGN §3).
-
-    So that guidance has something to steer from: a tenth of captions, or of pictures; in
-    instruction tuning a tenth of texts alone, of both, and of pictures alone.
-    """
-    if not images:
-        return "" if u < 0.1 else prompt, images
-    if stage != "instruct" or not prompt:
-        return prompt, black([images])[0] if u < 0.1 else images
-    return "" if u < 0.2 else prompt, black([images])[0] if 0.1 <= u < 0.3 else images
 
 
 def noise_of(indices, shape, seed):
@@ -117,6 +99,11 @@ def noise_of(indices, shape, seed):
     return torch.stack(noise), torch.stack(sigma), torch.stack(chance)
 
 
+def digest(path):
+    """SHA-256 of a file, in hexadecimal."""
+    return hashlib.sha256(np.memmap(path, np.uint8, "r")).hexdigest()
+
+
 def save(model, optimizer, schedule, step, out, config):
     """Write out/step-N aside, sync and rename it, link its weights to the top, prune old steps.
 
@@ -124,13 +111,14 @@ def save(model, optimizer, schedule, step, out, config):
     """
     folder = out / f"step-{step:08d}"
     aside = out / f".{folder.name}"
-    recipe = {"train": asdict(config), "model": asdict(model.config)}
+    about = {"train": asdict(config), "model": asdict(model.config)}
     state = {"step": step, "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
     try:
         shutil.rmtree(aside, ignore_errors=True)
         model.save_pretrained(aside)
         torch.save(state | {"random": torch.get_rng_state()}, aside / "training.pt")
-        (aside / "training.json").write_text(json.dumps(recipe, indent=2) + "\n")
+        about["sha256"] = {name: digest(aside / name) for name in WEIGHED}
+        (aside / "training.json").write_text(json.dumps(about, indent=2) + "\n")
         for path in (*aside.iterdir(), aside):
             descriptor = os.open(path, os.O_RDONLY)
             os.fsync(descriptor)
@@ -164,7 +152,9 @@ def resume(model, optimizer, schedule, out, config):
         folders = [Path(config.resume)]
     for folder in folders:
         try:
-            recipe = json.loads((folder / "training.json").read_text())
+            about = json.loads((folder / "training.json").read_text())
+            if about["sha256"] != {name: digest(folder / name) for name in WEIGHED}:
+                raise ValueError("its weights are not those that were saved")
             state = torch.load(folder / "training.pt", weights_only=True)
             weights = load_file(folder / "model.safetensors")
             break
@@ -176,10 +166,10 @@ def resume(model, optimizer, schedule, out, config):
         return 0
     now = {"train": asdict(config), "model": asdict(model.config)}
     differ = [
-        f"{name} {recipe[part].get(name)!r} there, {value!r} here"
+        f"{name} {about[part].get(name)!r} there, {value!r} here"
         for part, fields in now.items()
         for name, value in fields.items()
-        if name not in MAY_CHANGE and recipe[part].get(name) != value
+        if name not in MAY_CHANGE and about[part].get(name) != value
     ]
     if differ:
         raise InputError(f"{folder} is of another run ({'; '.join(differ)}): choose another --out.")
@@ -192,7 +182,7 @@ def resume(model, optimizer, schedule, out, config):
 
 def draw_samples(model, stage, path):
     """Save a grid of fixed unseen cases from fixed noise, beside their pictures, if any."""
-    kinds = list(STAGES[stage][0])
+    kinds = list(STAGES[stage])
     kinds = kinds * (8 // len(kinds)) or kinds
     made = [sample(kind, i, split="test") for i, kind in enumerate(kinds)]
     prompts, images = [s.prompt for s in made], [s.images for s in made]
@@ -202,13 +192,6 @@ def draw_samples(model, stage, path):
     shown = [picture for row, drawn in rows for picture in (*row[:1], drawn)]
     path.parent.mkdir(parents=True, exist_ok=True)
     grid(shown).save(path)
-
-
-def memory(device):
-    """Peak memory of this process in GB, on the GPU if it has one."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 def train(config, model_config):
@@ -233,6 +216,11 @@ def train(config, model_config):
     else:
         model = MetaQuery(model_config, torch.bfloat16)
     model.to(device)
+    if config.gradient_checkpointing:
+        model.diffusion.enable_gradient_checkpointing()
+    if config.compile:
+        model.diffusion.compile()
+        model.connector.compile()
     trained = [p for p in model.parameters() if p.requires_grad]
     options = {"lr": config.lr, "betas": (0.9, 0.95), "weight_decay": 0.01, "fused": True}
     if config.zero and world > 1:
@@ -248,79 +236,84 @@ def train(config, model_config):
     wrapped = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
 
     side = model.diffusion.config.sample_size
-    latent, kinds = (model.diffusion.config.in_channels, side, side), STAGES[config.stage][0]
+    latent, kinds = (model.diffusion.config.in_channels, side, side), STAGES[config.stage]
     loader = open_batches(config, kinds, resolution_of(model), first, rank, world)
     # On a CPU the backward pass of the fused bf16 attention is slower than the plain one's.
     attention = [SDPBackend.MATH] if device.type == "cpu" else list(SDPBackend.__members__.values())
     stopping = []
     for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(name, lambda number, frame: stopping.append(number))
-    log = open(out / "log.jsonl", "a") if rank == 0 else None
+    if rank == 0:  # what was logged after the step that we go on from is done again
+        kept = [*open(out / "log.jsonl")][:first] if (out / "log.jsonl").exists() else []
+        log = open(out / "log.jsonl", "w")
+        log.writelines(kept)
     bar = tqdm(initial=first, total=config.steps, disable=rank > 0, mininterval=2)
     began, waited, mean, skipped, broken, bad, step = time.time(), 0.0, None, 0, 0, 0, first
-    while step < config.steps:
-        total = torch.zeros(2, device=device)  # the loss, and whether a rank was told to stop
-        for part in range(share // micro):
-            asked = time.time()
-            prompts, images, pixels, over = next(loader)
-            waited, broken = waited + time.time() - asked, broken + over
-            start = step * config.batch_size + rank * share + part * micro
-            noise, sigma, chance = noise_of(range(start, start + micro), latent, config.seed)
-            rows = zip(prompts, images, chance.tolist(), strict=True)
-            prompts, images = zip(*(dropped(config.stage, *row) for row in rows), strict=True)
-            if not model.is_flow:
-                sigma = (sigma * model.scheduler.config.num_train_timesteps).ceil() - 1
-            last = part == share // micro - 1
-            with nullcontext() if last or world == 1 else wrapped.no_sync():
-                with sdpa_kernel(attention), torch.autocast(device.type, torch.bfloat16):
-                    loss = wrapped(
-                        prompts, pixels.to(device), images, noise.to(device), sigma.to(device)
-                    )
-                (loss * micro / share).backward()
-            total[0] += loss.detach() * micro / share / world
-        total[1] = len(stopping)
-        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        if world > 1:
-            dist.all_reduce(total)
-        # Gradients and losses are summed over the ranks, so all of them skip the same steps.
-        if finite := math.isfinite(total[0].item() + norm.item()):
-            optimizer.step()
-        skipped, bad = skipped + (not finite), 0 if finite else bad + 1
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
-        step += 1
-        if bad == MOST_BAD_STEPS:
-            newest = max(out.glob("step-*"), default="none")
-            raise InputError(
-                f"loss or gradient was not finite {bad} times in a row, up to step {step}: "
-                f"lower --lr or look at the data; the last checkpoint is {newest}."
-            )
-        if rank == 0:
-            if finite:
-                mean = 0.98 * (mean or total[0].item()) + 0.02 * total[0].item()
-            passed = time.time() - began
-            rate = (step - first) * config.batch_size / passed
-            bar.set_postfix(loss=f"{mean or math.nan:.4f}", samples_s=f"{rate:.0f}", refresh=False)
-            bar.update()
-            entry = {"step": step, "loss": total[0].item(), "grad_norm": norm.item(),
-                     "lr": schedule.get_last_lr()[0], "samples_per_s": round(rate, 1),
-                     "data_wait": round(waited / passed, 4), "skipped_steps": skipped,
-                     "skipped_samples": broken,
-                     "memory_gb": round(memory(device), 2)}  # fmt: skip
-            log.write(json.dumps(entry) + "\n")
-            log.flush()
-        ended = step == config.steps or total[1] > 0
-        if ended or step % config.save_every == 0:
-            if config.zero and world > 1:
-                optimizer.consolidate_state_dict(0)
+    with bar:
+        while step < config.steps:
+            total = torch.zeros(2, device=device)  # the loss, and whether a rank was told to stop
+            for part in range(share // micro):
+                asked = time.time()
+                prompts, images, pixels, over = next(loader)
+                waited, broken = waited + time.time() - asked, broken + over
+                start = step * config.batch_size + rank * share + part * micro
+                noise, sigma, chance = noise_of(range(start, start + micro), latent, config.seed)
+                rows = zip(prompts, images, chance.tolist(), strict=True)
+                prompts, images = zip(*(dropped(config.stage, *row) for row in rows), strict=True)
+                if not model.is_flow:
+                    sigma = (sigma * model.scheduler.config.num_train_timesteps).ceil() - 1
+                last = part == share // micro - 1
+                pixels, noise, sigma = (x.to(device) for x in (pixels, noise, sigma))
+                with nullcontext() if last or world == 1 else wrapped.no_sync():
+                    with sdpa_kernel(attention), torch.autocast(device.type, torch.bfloat16):
+                        loss = wrapped(prompts, pixels, images, noise, sigma)
+                    (loss * micro / share).backward()
+                total[0] += loss.detach() * micro / share / world
+            total[1] = len(stopping)
+            norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            if world > 1:
+                dist.all_reduce(total)
+            # Gradients and losses are summed over the ranks, so all of them skip the same steps.
+            if finite := math.isfinite(total[0].item() + norm.item()):
+                optimizer.step()
+            skipped, bad = skipped + (not finite), 0 if finite else bad + 1
+            optimizer.zero_grad(set_to_none=True)
+            schedule.step()
+            step += 1
+            if bad == MOST_BAD_STEPS:
+                newest = max(out.glob("step-*"), default="none")
+                raise InputError(
+                    f"loss or gradient was not finite {bad} times in a row, up to step {step}: "
+                    f"lower --lr or look at the data; the last checkpoint is {newest}."
+                )
             if rank == 0:
-                save(model, optimizer, schedule, step, out, config)
-        if rank == 0 and (ended or step % config.sample_every == 0):
-            draw_samples(model, config.stage, out / "samples" / f"step-{step:08d}.png")
-        if ended:
-            break
+                if finite:
+                    mean = 0.98 * (mean or total[0].item()) + 0.02 * total[0].item()
+                passed = time.time() - began
+                rate = (step - first) * config.batch_size / passed
+                shown = {"loss": f"{mean or math.nan:.4f}", "samples_s": f"{rate:.0f}"}
+                bar.set_postfix(shown, refresh=False)
+                bar.update()
+                memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+                memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else memory
+                entry = {"step": step, "loss": total[0].item(), "grad_norm": norm.item(),
+                         "lr": schedule.get_last_lr()[0], "samples_per_s": round(rate, 1),
+                         "data_wait": round(waited / passed, 4), "skipped_steps": skipped,
+                         "skipped_samples": broken,
+                         "memory_gb": round(memory / 1e9, 2)}  # fmt: skip
+                log.write(json.dumps(entry) + "\n")
+                log.flush()
+            ended = step == config.steps or total[1] > 0
+            if ended or step % config.save_every == 0:
+                if config.zero and world > 1:
+                    optimizer.consolidate_state_dict(0)
+                if rank == 0:
+                    save(model, optimizer, schedule, step, out, config)
+            if rank == 0 and (ended or step % config.sample_every == 0):
+                draw_samples(model, config.stage, out / "samples" / f"step-{step:08d}.png")
+            if ended:
+                break
     if rank == 0:
-        bar.close()
         print(f"saved {out} at step {step}")
     if world > 1:
         dist.destroy_process_group()
@@ -330,14 +323,13 @@ def main():
     try:
         parser = HfArgumentParser((TrainConfig, MetaQueryConfig), description=__doc__)
         parser.error = stop
-        size = parser.parse_known_args()[0].size
-        parser.set_defaults(**asdict(MetaQueryConfig.preset(size)))
-        config, model_config, rest = parser.parse_args_into_dataclasses(
-            return_remaining_strings=True
-        )
+        known = parser.parse_known_args()[0]
+        parser.set_defaults(**asdict(MetaQueryConfig.preset(known.size)))
+        parser.set_defaults(**recipe(known.size, known.stage))
+        *configs, rest = parser.parse_args_into_dataclasses(return_remaining_strings=True)
         if rest:
             raise InputError(f"unknown flag {rest[0]}: see train.py --help.")
-        train(config, model_config)
+        train(*configs)
     except InputError as error:
         stop(error)
 

@@ -4,12 +4,12 @@
 
 vae        a toy DC-AE (Sana's autoencoder), trained to redraw random scenes
 vision     a toy SigLIP tower, taught what each patch shows; it is the MLLM's eye
-llm        a toy Qwen2, trained on the world's texts: facts, descriptions, instructions
-mllm       LLaVA-OneVision of the two: projector and language model learn to talk about pictures
+llm        a toy Qwen2, trained to talk: of facts, of prompts, of pictures given to it as words
+mllm       LLaVA-OneVision of the two: the projector learns those words, then all talk of pictures
 diffusion  a toy Sana, conditioned on the last-layer embeddings of `llm`, as Sana is on Gemma's
 
 Each part is saved in the hub's own layout, so that `from_pretrained(folder)` loads it like the
-real one; vision/, llm/ and mllm-words/ are steps on the way. About two hours on two cores.
+real one; vision/ and llm/ are steps on the way. About two hours on one core, less on two.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaTransformer2DModel
+from diffusers import __version__ as diffusers_version
 from PIL import Image
 from tokenizers import (
     Tokenizer,
@@ -669,15 +670,19 @@ def train_diffusion(out, steps, number=24000):
     fit("diffusion", [sana], loss_of_step, steps, 1e-3, out, evaluate)
     sana.to(torch.bfloat16).save_pretrained(out / "diffusion" / "transformer")
     scheduler.save_pretrained(out / "diffusion" / "scheduler")
+    parts = {"transformer": sana, "vae": vae, "scheduler": scheduler}
+    index = {"_class_name": "SanaPipeline", "_diffusers_version": diffusers_version}
+    index |= {name: ["diffusers", type(part).__name__] for name, part in parts.items()}
+    (out / "diffusion" / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 # Each part's maker, its steps and the file that says that it is there.
 PARTS = {
     "vae": (train_vae, 5500, "diffusion/vae/config.json"),
-    "vision": (train_vision, 3200, "vision/config.json"),
-    "llm": (train_llm, 1500, "llm/config.json"),
-    "mllm": (train_mllm, 2800, "mllm/config.json"),
-    "diffusion": (train_diffusion, 9500, "diffusion/transformer/config.json"),
+    "vision": (train_vision, 3000, "vision/config.json"),
+    "llm": (train_llm, 1800, "llm/config.json"),
+    "mllm": (train_mllm, 2200, "mllm/config.json"),
+    "diffusion": (train_diffusion, 5500, "diffusion/transformer/config.json"),
 }
 
 

@@ -963,12 +963,17 @@ def talks(rng):
     or facts.
     """
     part = rng.random()
-    if part < 0.45:
+    if part < 0.4:
         return [_picture_task(rng) for _ in range(rng.choice((1, 5)))]
     if part < 0.8:
-        scene = random_scene(rng, patterns=0.15)
-        first = Talk(*question(rng, scene), (scene,))
-        return [first, *(Talk(*question(rng, scene)) for _ in range(7))]
+        # Mostly a picture to each question: asked of one picture, it could copy earlier answers.
+        turns, pictures = rng.choice(((1, 1), (5, 5), (5, 5), (8, 1)))
+        made, scene = [], None
+        for turn in range(turns):
+            if turn < pictures:
+                scene = random_scene(rng, patterns=0.15)
+            made.append(Talk(*question(rng, scene), (scene,) * (turn < pictures)))
+        return made
     if rng.random() < 0.15:
         return [Talk(*fact(rng)) for _ in range(8)]
     return [_word_task(rng) for _ in range(8)]

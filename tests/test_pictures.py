@@ -121,7 +121,7 @@ def test_conditions_are_dropped_at_their_rates(stage, prompt, rates):
 @pytest.mark.parametrize("stage", STAGES)
 def test_stages_yield_their_kinds(stage):
     """Different counts of pictures in one batch; the same index is the same sample."""
-    data = Shapes(STAGES[stage][0], 0)
+    data = Shapes(STAGES[stage], 0)
     prompts, images, targets, _ = collate([data[i] for i in range(64)], 64)
     assert targets.shape == (64, 3, 64, 64) and targets.min() >= -1 and targets.max() <= 1
     counts = {len(row) for row in images}

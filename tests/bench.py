@@ -1,0 +1,251 @@
+"""Measure speed and memory, ours beside the plain way, on the same weights in one run.
+
+    python tests/bench.py                 every row of the table
+    python tests/bench.py --rows a,g      some of them
+    python tests/bench.py --rows base     one loss of the base size at full width, random weights
+
+The plain way is one pass over prompt and queries with gradient checkpointing, the language head
+left out, and pictures encoded every step. Each figure is the median of --repeats runs with the
+least and the most; nothing here is asserted.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+CACHE = Path(tempfile.gettempdir()) / "metaquery-bench"
+
+
+def half_billion():
+    """A MetaQuery whose MLLM has the shape of Qwen2.5-0.5B, with random weights, and a toy Sana."""
+    import conftest
+    import torch
+    import transformers
+
+    from data.paper import MLLMS
+    from metaquery import MetaQuery, MetaQueryConfig
+
+    folder = CACHE / "half-billion"
+    if not (folder / "sana" / "model_index.json").exists():
+        torch.manual_seed(0)
+        conftest.make_qwen(folder / "mllm")
+        config = MLLMS["Qwen/Qwen2.5-0.5B-Instruct"]()
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model.save_pretrained(folder / "mllm")
+        conftest.make_sana(folder / "sana")
+    config = MetaQueryConfig(str(folder / "mllm"), str(folder / "sana"), connector_layers=1)
+    model = MetaQuery(config, torch.bfloat16)
+    model.connector = torch.nn.Identity()
+    model.connector.norm = torch.nn.RMSNorm(1)
+    return model
+
+
+def conditions(model, tokens, n, plain):
+    """A function that makes the states of n queries after `tokens` random ones, and its loss."""
+    import torch
+
+    model.queries = torch.nn.Parameter(torch.randn(n, 896) * 0.02)
+    ids = torch.randint(1000, 100000, (1, tokens))
+    model.prepare = lambda prompts, images=None: {
+        "input_ids": ids, "attention_mask": torch.ones_like(ids)
+    }  # fmt: skip
+    backbone = model.mllm.base_model
+
+    def one_pass():
+        embeds = model.mllm.get_input_embeddings()(ids)
+        queries = model.queries.to(embeds.dtype)[None]
+        return backbone(inputs_embeds=torch.cat([embeds, queries], 1)).last_hidden_state[:, -n:]
+
+    if not plain:
+        return lambda: model.condition([""])[0].float().square().mean()
+    model.mllm.gradient_checkpointing_enable({"use_reentrant": False})
+    model.mllm.train()
+    return lambda: one_pass().float().square().mean()
+
+
+def timed(loss):
+    """Seconds of a forward pass and of a backward pass."""
+    began = time.time()
+    made = loss()
+    middle = time.time()
+    made.backward()
+    return middle - began, time.time() - middle
+
+
+def measure(tokens, n, plain, repeats):
+    """Times of a step and peak memory above the weights, in GB; run in a process of its own."""
+    model = half_billion()
+    loss = conditions(model, tokens, n, plain)
+    weights = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    timed(loss)
+    times = [timed(loss) for _ in range(repeats)]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"times": times, "memory": (peak - weights) / 1e6}
+
+
+def apart(name, *values):
+    """What a function of this file returns in a fresh process."""
+    code = f"import json, bench; print(json.dumps(bench.{name}(*{values!r})))"
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path},
+                          cwd=ROOT, capture_output=True, text=True)  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def ratio(name, plain, ours, unit="s"):
+    """Print one row: both medians and the ratio of each pair, with its spread."""
+    pairs = sorted(p / o for p, o in zip(plain, ours, strict=True))
+    print(f"{name:<58} plain {statistics.median(plain):8.3f} {unit:<3} ours "
+          f"{statistics.median(ours):8.3f} {unit:<3} ratio {statistics.median(pairs):5.2f} "
+          f"({pairs[0]:.2f} to {pairs[-1]:.2f})", flush=True)  # fmt: skip
+
+
+def steps(row, tokens, n, repeats, what):
+    plain, ours = (apart("measure", tokens, n, way, repeats) for way in (True, False))
+    total = [[sum(pair) for pair in made["times"]] for made in (plain, ours)]
+    ratio(f"({row}) step, {what}, N={n}", *total)
+    return plain["memory"], ours["memory"]
+
+
+def backward_growth(repeats):
+    """(g) How our backward pass grows with the prompt."""
+    for n in (64, 256):
+        first = None
+        for tokens in (64, 256, 1024, 2048, 4096):
+            made = apart("measure", tokens, n, False, repeats)
+            backward = statistics.median(pair[1] for pair in made["times"])
+            first = first or backward
+            print(f"(g) our backward pass, {tokens:5} prompt tokens, N={n:3}: {backward:6.3f} s, "
+                  f"{backward / first:.2f} times that of 64", flush=True)  # fmt: skip
+
+
+def cold():
+    """(h) Seconds of the command line from cold, help and a picture."""
+    for flags in (["--help"], ["a red star left of a blue circle", "--out", str(CACHE / "x.png")]):
+        times = []
+        for _ in range(3):
+            began = time.time()
+            subprocess.run([sys.executable, "sample.py", *flags], cwd=ROOT, check=True,
+                           capture_output=True)  # fmt: skip
+            times.append(time.time() - began)
+        print(f"(h) python sample.py {flags[0]!r}: {statistics.median(times):.1f} s "
+              f"({min(times):.1f} to {max(times):.1f})", flush=True)  # fmt: skip
+
+
+def sampling(repeats):
+    """(e) Eight pictures of one prompt and of eight, ours beside one condition per picture."""
+    import torch
+
+    from metaquery import TINY, MetaQuery
+
+    model, prompt = MetaQuery.from_pretrained(TINY.parent / "tiny"), "a red star"
+    several = [
+        f"a {color} star" for color in "red green blue yellow purple orange pink brown".split()
+    ]
+    for name, prompts, options in (
+        ("one prompt", [prompt], {"num_images_per_prompt": 8}), ("eight prompts", several, {})
+    ):  # fmt: skip
+        times = {"plain": [], "ours": []}
+        for _ in range(repeats + 1):
+            for way in times:
+                began = time.time()
+                with torch.no_grad():
+                    if way == "ours":
+                        model.generate(prompts, **options)
+                    else:
+                        for one in several if len(prompts) > 1 else [prompt] * 8:
+                            model.generate([one])
+                times[way].append(time.time() - began)
+        ratio(f"(e) sampling 8 pictures of {name}", times["plain"][1:], times["ours"][1:])
+
+
+def processes(repeats):
+    """(f) Samples a second of training in one process and in two, a thread each."""
+    rates = {}
+    for number in (1, 2):
+        rates[number] = []
+        for _ in range(repeats):
+            out = tempfile.mkdtemp()
+            start = ["-m", "torch.distributed.run", f"--nproc-per-node={number}",
+                     "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]  # fmt: skip
+            subprocess.run([sys.executable, *start, "train.py", "--steps", "12", "--out", out],
+                           cwd=ROOT, check=True, capture_output=True,
+                           env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+            last = (Path(out) / "log.jsonl").read_text().splitlines()[-1]
+            rates[number].append(json.loads(last)["samples_per_s"])
+    ratio("(f) training in 2 processes against 1", rates[2], rates[1], "/s")
+
+
+def base(repeats):
+    """One text-to-image loss and query gradient of the base size at full width, random weights."""
+    import conftest
+    import torch
+    import transformers
+
+    from data.paper import DIFFUSIONS, LLAVA, MLLMS
+    from metaquery import PRESETS, MetaQuery, MetaQueryConfig
+
+    folder = CACHE / "base"
+    if not (folder / "sana" / "scheduler").exists():
+        torch.manual_seed(0)
+        torch.set_default_dtype(torch.bfloat16)
+        conftest.make_llava(folder / "mllm")
+        mllm = transformers.AutoModelForImageTextToText.from_config(MLLMS[LLAVA]())
+        mllm.save_pretrained(folder / "mllm")
+        del mllm
+        conftest.make_sana(folder / "sana")
+        transformer, vae = DIFFUSIONS[PRESETS["base"]["diffusion"]]()
+        transformer.save_pretrained(folder / "sana" / "transformer")
+        vae.save_pretrained(folder / "sana" / "vae")
+        del transformer, vae
+        torch.set_default_dtype(torch.float32)
+    parts = {"mllm": str(folder / "mllm"), "diffusion": str(folder / "sana")}
+    began = time.time()
+    model = MetaQuery(MetaQueryConfig(**(PRESETS["base"] | parts)), torch.bfloat16)
+    print(f"base at full width, random weights: loaded in {time.time() - began:.0f} s", flush=True)
+    began = time.time()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(["a red star left of a blue circle"], torch.zeros(1, 3, 512, 512))
+    loss.backward()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    gradient = model.queries.grad.norm().item()
+    print(f"loss {loss.item():.4f}, query gradient norm {gradient:.3g}, "
+          f"{time.time() - began:.0f} s, peak memory {peak:.1f} GiB")  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", default="a,b,c,e,f,g,h")
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    rows, repeats = args.rows.split(","), args.repeats
+    CACHE.mkdir(exist_ok=True)
+    memory = {}
+    if "a" in rows:
+        memory[64] = steps("a", 64, 256, repeats, "64 prompt tokens")
+    if "b" in rows or "c" in rows:
+        for what, tokens in (("one picture", 756), ("1,485 prompt tokens", 1485)):
+            memory[tokens] = steps("b", tokens, 256, repeats, what)
+    for tokens, (plain, ours) in memory.items():
+        ratio(f"(c) peak memory above the weights, {tokens} tokens", [ours], [plain], "GB")
+    for row, run in {"e": sampling, "f": processes, "g": backward_growth, "base": base}.items():
+        if row in rows:
+            run(repeats)
+    if "h" in rows:
+        cold()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""Training that survives: signals, kills, damaged checkpoints, full disks, numbers gone wrong."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train import ROOT, losses, parts, run  # noqa: F401
+
+
+def command(parts, out, *flags):  # noqa: F811
+    made = ["train.py", "--mllm", parts / "llava", "--diffusion", parts / "sana64", "--out", out,
+            "--num-queries", 4, "--connector-layers", 1, "--batch-size", 4, "--warmup", 2,
+            "--steps", 40, "--save-every", 5, "--sample-every", 1000, *flags]  # fmt: skip
+    return [sys.executable, *map(str, made)]
+
+
+def environment():
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def start(made, **options):
+    return subprocess.Popen(made, cwd=ROOT, env=environment(), stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, **options)  # fmt: skip
+
+
+def wait_for(out, steps, process):
+    """Until the log holds so many steps, or the process has ended."""
+    while process.poll() is None:
+        if (out / "log.jsonl").exists() and len(losses(out)) >= steps:
+            return
+        time.sleep(0.02)
+
+
+def same_end(out, other):
+    """Whether two runs ended with the same bits, weights and optimizer."""
+    weights = [load_file(path / "model.safetensors") for path in (out, other)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    states = [torch.load(path / "step-00000040" / "training.pt") for path in (out, other)]
+    for key, value in states[0]["optimizer"]["state"].items():
+        assert all(torch.equal(v, states[1]["optimizer"]["state"][key][n])
+                   for n, v in value.items())  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(parts, tmp_path_factory):  # noqa: F811
+    """A run of 40 steps that nothing broke."""
+    out = tmp_path_factory.mktemp("whole")
+    done = run(command(parts, out))
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_saves_and_ends_well(parts, whole, tmp_path, number):  # noqa: F811
+    process = start(command(parts, tmp_path))
+    wait_for(tmp_path, 7, process)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    reached = len(losses(tmp_path))
+    assert 7 <= reached < 40 and (tmp_path / f"step-{reached:08d}").is_dir()
+    assert run(command(parts, tmp_path)).returncode == 0
+    assert losses(tmp_path) == losses(whole)
+    same_end(tmp_path, whole)
+
+
+def test_kills_at_any_time_lose_nothing(parts, whole, tmp_path):  # noqa: F811
+    """A bounded soak: killed at random moments, also while saving, the run ends the same."""
+    rng, kills = random.Random(0), int(os.environ.get("METAQUERY_KILLS", 4))
+    for _ in range(kills):
+        process = start(command(parts, tmp_path, "--save-every", rng.choice((1, 3))))
+        there = len(losses(tmp_path)) if (tmp_path / "log.jsonl").exists() else 0
+        wait_for(tmp_path, there + rng.randint(1, 3), process)
+        time.sleep(rng.random() * 0.2)
+        process.kill()
+        process.communicate()
+        for folder in tmp_path.glob("step-*"):
+            assert load_file(folder / "model.safetensors"), "what is there is whole"
+    done = run(command(parts, tmp_path))
+    assert done.returncode == 0, done.stderr
+    same_end(tmp_path, whole)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
+def test_a_damaged_checkpoint_is_said_and_passed_over(parts, whole, tmp_path, damage):  # noqa: F811
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    newest = out / "step-00000040"
+    path = newest / "training.pt" if damage == "missing" else newest / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    if damage == "missing":
+        path.unlink()
+    elif damage == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        content[-9] ^= 4
+        path.write_bytes(content)
+    done = run(command(parts, out))
+    assert done.returncode == 0 and "step-00000040 is damaged" in done.stderr
+    assert [entry["step"] for entry in map(json.loads, (out / "log.jsonl").read_text().splitlines())
+            ][-5:] == [36, 37, 38, 39, 40]  # fmt: skip
+    same_end(out, whole)
+    for folder in out.glob("step-*"):
+        (folder / "training.json").write_text("{")
+    done = run(command(parts, out))
+    assert done.returncode == 2 and "no whole checkpoint" in done.stderr.splitlines()[-1]
+
+
+def test_another_run_is_refused(parts, whole, tmp_path):  # noqa: F811
+    """With the fields that differ; how it is saved or split may change."""
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    done = run(command(parts, out, "--lr", "0.5", "--num-queries", "5"))
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "lr 0.001 there, 0.5 here" in last
+    assert "num_queries 4 there, 5 here" in last
+    assert run(command(parts, out, "--keep", "1", "--micro-batch-size", "2")).returncode == 0
+    done = run(command(parts, out, "--resume", "none"))
+    assert done.returncode == 2 and "another --out" in done.stderr.splitlines()[-1]
+
+
+def test_a_full_disk_is_one_line_and_harms_nothing(parts, tmp_path):  # noqa: F811
+    assert run(command(parts, tmp_path, "--steps", 5)).returncode == 0
+    before = load_file(tmp_path / "step-00000005" / "model.safetensors")
+    # The limit on a file's size stands for the full disk: no larger file can be written.
+    limit = (tmp_path / "model.safetensors").stat().st_size // 2
+    (tmp_path / "step-00000005" / "training.json").write_text(
+        (tmp_path / "step-00000005" / "training.json").read_text().replace(
+            '"steps": 5', '"steps": 40')
+    )  # fmt: skip
+    process = start(command(parts, tmp_path), preexec_fn=lambda: resource.setrlimit(
+        resource.RLIMIT_FSIZE, (limit, limit)))  # fmt: skip
+    _, errors = process.communicate(timeout=120)
+    last = errors.strip().splitlines()[-1]
+    assert process.returncode == 2 and "free some space" in last and "step-00000005" in last
+    assert "Traceback" not in errors and not list(tmp_path.glob(".step-*"))
+    after = load_file(tmp_path / "step-00000005" / "model.safetensors")
+    assert all(torch.equal(after[name], weights) for name, weights in before.items())
+
+
+WRONG = """
+import os, sys, train, metaquery
+plain, calls = metaquery.MetaQuery.forward, [0]
+def forward(self, *rest, **named):
+    calls[0] += 1
+    loss = plain(self, *rest, **named)
+    wrong = calls[0] in {steps} and os.environ.get("RANK", "0") == "{rank}"
+    return loss * float("nan") if wrong else loss
+metaquery.MetaQuery.forward = forward
+train.main()
+"""
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_step_without_finite_numbers_is_skipped_by_all(parts, tmp_path, world):  # noqa: F811
+    """NaN on one rank skips the step everywhere alike, is counted and logged."""
+    script = tmp_path / "wrong.py"
+    script.write_text(WRONG.replace("{steps}", "(3, 4)").replace("{rank}", str(world - 1)))
+    made = command(parts, tmp_path / "out", "--steps", 6)[2:]
+    launch = [sys.executable, script]
+    if world > 1:
+        launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world}",
+                  "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", script]  # fmt: skip
+    done = run([*map(str, launch), *made], PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert [entry["skipped_steps"] for entry in log] == [0, 0, 1, 2, 2, 2]
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.isfinite(weight).all() for weight in weights.values())
+
+
+def test_many_wrong_steps_stop_the_run(parts, tmp_path):  # noqa: F811
+    script = tmp_path / "wrong.py"
+    script.write_text(WRONG.replace("{steps}", "range(8, 99)").replace("{rank}", "0"))
+    made = command(parts, tmp_path / "out")[2:]
+    done = run([sys.executable, str(script), *made], PYTHONPATH=str(ROOT))
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and "not finite" in last and "step-00000015" in last
+    assert torch.isfinite(load_file(tmp_path / "out" / "model.safetensors")["queries"]).all()
+
+
+def test_a_rank_that_dies_takes_the_job_down(parts, tmp_path):  # noqa: F811
+    script = tmp_path / "dies.py"
+    script.write_text(WRONG.replace("float(\"nan\")", "os._exit(7)").replace(
+        "{steps}", "(3,)").replace("{rank}", "1"))  # fmt: skip
+    made = command(parts, tmp_path / "out")[2:]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
+              "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(script)]  # fmt: skip
+    began = time.time()
+    done = run([*launch, *made], PYTHONPATH=str(ROOT))
+    assert done.returncode != 0 and time.time() - began < 120
+    assert "exitcode" in done.stderr and "7" in done.stderr
+
+
+def test_two_processes_go_on_where_one_was(parts, whole, tmp_path):  # noqa: F811
+    """World size may change between the runs of one job; ZeRO's optimizer goes on as well."""
+    process = start(command(parts, tmp_path))
+    wait_for(tmp_path, 6, process)
+    process.terminate()
+    process.communicate()
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
+              "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]  # fmt: skip
+    done = run([*launch, *command(parts, tmp_path, "--zero", "true")[1:]])
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path) == pytest.approx(losses(whole), rel=5e-2)
