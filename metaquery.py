@@ -258,9 +258,9 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
         Flow matching (Sana): σ uniform on (0, 1], x_σ = (1 − σ)·x + σ·ε, timestep 1000·σ, target
         ε − x. Diffusion (Stable Diffusion 1.5): the scheduler's forward process at a whole
         timestep, target ε, or v as its config says. noise (B, C, h, w) is ε; sigma (B,) is σ or
-        the timestep.
+        the timestep; targets may be latents (B, C, h, w) instead.
         """
-        x = self.encode_latents(targets)
+        x = self.encode_latents(targets) if targets.shape[1] == 3 else targets
         noise = torch.randn_like(x) if noise is None else noise
         condition, mask = self.condition(prompts, images)
         if self.is_flow:

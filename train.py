@@ -34,7 +34,7 @@ from transformers import HfArgumentParser, get_cosine_with_min_lr_schedule_with_
 
 from data.pictures import grid
 from data.shapes import sample
-from data.sources import open_batches, resolution_of
+from data.sources import cache_folder, cache_latents, open_batches, resolution_of
 from data.stages import STAGES, dropped, recipe
 from metaquery import InputError, MetaQuery, MetaQueryConfig
 from sample import stop
@@ -44,7 +44,8 @@ MOST_BAD_STEPS = 10
 WEIGHED = ("model.safetensors", "training.pt")
 # What may differ between a run and its going on; the rest would make it another run.
 MAY_CHANGE = {"out", "micro_batch_size", "save_every", "keep", "sample_every", "workers", "resume",
-              "checkpoint", "zero", "device", "gradient_checkpointing", "compile"}  # fmt: skip
+              "checkpoint", "zero", "device", "gradient_checkpointing", "compile",
+              "cache_latents"}  # fmt: skip
 
 
 @dataclass
@@ -59,6 +60,7 @@ class TrainConfig:
     target_column: str = ""
     sources_column: str = ""
     streaming: bool = False
+    cache_latents: str = ""
     steps: int = 3600
     batch_size: int = 32
     micro_batch_size: int = 0
@@ -237,7 +239,10 @@ def train(config, model_config):
 
     side = model.diffusion.config.sample_size
     latent, kinds = (model.diffusion.config.in_channels, side, side), STAGES[config.stage]
-    loader = open_batches(config, kinds, resolution_of(model), first, rank, world)
+    resolution, cache = resolution_of(model), None
+    if config.cache_latents:
+        cache = cache_folder(config.cache_latents, model, resolution)
+    loader = open_batches(config, kinds, resolution, first, rank, world, cache)
     # On a CPU the backward pass of the fused bf16 attention is slower than the plain one's.
     attention = [SDPBackend.MATH] if device.type == "cpu" else list(SDPBackend.__members__.values())
     stopping = []
@@ -254,7 +259,7 @@ def train(config, model_config):
             total = torch.zeros(2, device=device)  # the loss, and whether a rank was told to stop
             for part in range(share // micro):
                 asked = time.time()
-                prompts, images, pixels, over = next(loader)
+                prompts, images, targets, over, files = next(loader)
                 waited, broken = waited + time.time() - asked, broken + over
                 start = step * config.batch_size + rank * share + part * micro
                 noise, sigma, chance = noise_of(range(start, start + micro), latent, config.seed)
@@ -263,10 +268,13 @@ def train(config, model_config):
                 if not model.is_flow:
                     sigma = (sigma * model.scheduler.config.num_train_timesteps).ceil() - 1
                 last = part == share // micro - 1
-                pixels, noise, sigma = (x.to(device) for x in (pixels, noise, sigma))
+                targets, noise, sigma = (x.to(device) for x in (targets, noise, sigma))
+                if files:
+                    targets = model.encode_latents(targets)
+                    cache_latents(targets, files)
                 with nullcontext() if last or world == 1 else wrapped.no_sync():
                     with sdpa_kernel(attention), torch.autocast(device.type, torch.bfloat16):
-                        loss = wrapped(prompts, pixels, images, noise, sigma)
+                        loss = wrapped(prompts, targets, images, noise, sigma)
                     (loss * micro / share).backward()
                 total[0] += loss.detach() * micro / share / world
             total[1] = len(stopping)

@@ -5,7 +5,10 @@ tars (cc12m-wds), image folders with metadata.csv or .jsonl, parquet, OmniEdit's
 MetaQuery-Instruct's schemas, streamed or not, several of them mixed by weight.
 """
 
+import hashlib
 import io
+import json
+import os
 import random
 from functools import partial
 from pathlib import Path
@@ -176,13 +179,42 @@ class Stream(IterableDataset):
             epoch += 1
 
 
-def collate(rows, resolution):
-    """Rows as a batch: prompts, pictures, targets (B, 3, R, R) in [-1, 1], rows stepped over."""
+def collate(rows, resolution, cache=None):
+    """Rows as a batch: prompts, pictures, targets (B, 3, R, R) in [-1, 1], rows stepped over.
+
+    Where `cache` holds the latents of every target, these stand for the targets; and last come the
+    files that the latents belong in, or None where there is nothing to write.
+    """
     prompts, images, targets, skipped = zip(*rows, strict=True)
     size = (resolution, resolution)
     arrays = [np.asarray(ImageOps.fit(rgb(picture), size)) for picture in targets]
+    files = None
+    if cache:
+        names = [hashlib.sha256(array.tobytes()).hexdigest() for array in arrays]
+        files = [Path(cache) / name[:2] / f"{name}.npy" for name in names]
+        if all(file.exists() for file in files):
+            latents = torch.from_numpy(np.stack([np.load(file) for file in files]))
+            return prompts, images, latents, sum(skipped), None
     pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
-    return prompts, images, pixels, sum(skipped)
+    return prompts, images, pixels, sum(skipped), files
+
+
+def cache_folder(folder, model, resolution):
+    """Where latents are cached: a folder of its own for every VAE and resolution."""
+    made = hashlib.sha256(json.dumps(dict(model.vae.config), sort_keys=True, default=str).encode())
+    for name, weights in sorted(model.vae.state_dict().items()):
+        made.update(name.encode() + weights.float().cpu().numpy().tobytes())
+    return Path(folder) / f"{resolution}-{made.hexdigest()[:16]}"
+
+
+def cache_latents(latents, files):
+    """Write latents (B, C, h, w) to their files, each whole or not at all."""
+    for file, array in zip(files, latents.float().cpu().numpy(), strict=True):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        aside = file.with_name(f".{file.name}.{os.getpid()}")
+        with open(aside, "wb") as opened:
+            np.save(opened, array)
+        aside.rename(file)
 
 
 def resolution_of(model):
@@ -192,7 +224,7 @@ def resolution_of(model):
     return model.diffusion.config.sample_size * 2 ** (len(levels) - 1)
 
 
-def open_batches(config, kinds, resolution, first, rank, world):
+def open_batches(config, kinds, resolution, first, rank, world, cache=None):
     """An endless iterator over this rank's micro-batches from step `first` on (see `collate`).
 
     config.data is "shapes", whose `kinds` and their weights the stage names, or one or more
@@ -227,5 +259,5 @@ def open_batches(config, kinds, resolution, first, rank, world):
         else:
             data = Examples(mixed, config.stage, config.seed)
     options = {"num_workers": config.workers, "pin_memory": config.device == "cuda"}
-    collated = partial(collate, resolution=resolution)
+    collated = partial(collate, resolution=resolution, cache=cache)
     return iter(DataLoader(data, micro, sampler=sampler, collate_fn=collated, **options))

@@ -122,7 +122,7 @@ def test_conditions_are_dropped_at_their_rates(stage, prompt, rates):
 def test_stages_yield_their_kinds(stage):
     """Different counts of pictures in one batch; the same index is the same sample."""
     data = Shapes(STAGES[stage], 0)
-    prompts, images, targets, _ = collate([data[i] for i in range(64)], 64)
+    prompts, images, targets, *_ = collate([data[i] for i in range(64)], 64)
     assert targets.shape == (64, 3, 64, 64) and targets.min() >= -1 and targets.max() <= 1
     counts = {len(row) for row in images}
     expected = {"pretrain": {0}, "mix": {0, 1}, "instruct": {0, 1, 2}}.get(stage, {1})
