@@ -270,7 +270,7 @@ def train(config, model_config):
                 last = part == share // micro - 1
                 targets, noise, sigma = (x.to(device) for x in (targets, noise, sigma))
                 if files:
-                    targets = model.encode_latents(targets)
+                    targets = model.encode_latents(targets).contiguous()
                     cache_latents(targets, files)
                 with nullcontext() if last or world == 1 else wrapped.no_sync():
                     with sdpa_kernel(attention), torch.autocast(device.type, torch.bfloat16):
