@@ -12,6 +12,7 @@ python sample.py --benchmark geneval --data DIR --out DIR   draws others' prompt
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -212,7 +213,8 @@ def main():
         folder = args.checkpoint or HERE / "weights" / args.size
         if not args.checkpoint and not folder.exists():
             stop(f"no weights are shipped for --size {args.size}: give --checkpoint DIR.")
-        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        device = args.device or (gpu if torch.cuda.is_available() else "cpu")
         model = MetaQuery.from_pretrained(folder).to(device, getattr(torch, args.dtype)).eval()
         if args.benchmark:
             from data import benchmarks

@@ -7,13 +7,13 @@ from data.shapes import CAPTION_KINDS
 from metaquery import black
 
 # What a stage draws of the embedded world, with weights; the last stage goes over all.
-SEEING = {"edit": 8, "one subject": 6, "two subjects": 4, "three subjects": 1, "association": 4}
+SEEING = {"edit": 12, "one subject": 7, "two subjects": 5, "three subjects": 1, "association": 5}
 STAGES = {
     "pretrain": CAPTION_KINDS,
     "reconstruct": {"reconstruction": 1},
     "mix": CAPTION_KINDS | {"reconstruction": sum(CAPTION_KINDS.values())},
     "edit": {"edit": 1},
-    "instruct": CAPTION_KINDS | SEEING | {"reconstruction": 4},
+    "instruct": CAPTION_KINDS | SEEING | {"reconstruction": 6},
 }
 # The recipes at the tiny size and at the paper's (§4, §5.2, §5.3): 25M pictures go eight times
 # into 48,828 steps of 4,096, and 2.4M instructions three times into 3,516 of 2,048.

@@ -53,16 +53,23 @@ def test_readme_commands(tmp_path):
         "python train.py --size tiny --stage pretrain" in line for line in blocks.splitlines()
     )
     (tmp_path / "prompts.txt").write_text("a red star\na blue circle\n")
+    render(sample("attribution", 0).target).save(tmp_path / "sample.png")
     for line in commands:
         line = line.split("&&")[-1].split("#")[0].strip().replace("python", sys.executable, 1)
-        if "runs/" in line:
+        if "runs/" in line or "torchrun" in line:
             continue
-        for name in ("prompts.txt", "scores.json", "crosses.png", "drawings"):
+        for name in ("prompts.txt", "scores.json", "crosses.png", "drawings", "sample.png"):
             line = line.replace(name, str(tmp_path / name))
         line += " --limit 2" if "--benchmark" in line else ""
         line += "" if "--out" in line else f" --out {tmp_path}/readme.png"
         done = subprocess.run(line, shell=True, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, (line, done.stderr)
+
+
+def test_readme_python():
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    done = run([sys.executable, "-c", block], OMP_NUM_THREADS="2")
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
 
 
 def test_training_from_the_shipped_frozen_parts(tmp_path):
