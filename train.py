@@ -17,7 +17,7 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -85,20 +85,18 @@ class TrainConfig:
             raise InputError(f"--stage {self.stage} goes on from a model: give --checkpoint DIR.")
         for name in ("steps", "batch_size", "save_every", "sample_every", "keep"):
             if getattr(self, name) < 1:
-                raise InputError(
-                    f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1."
-                )
+                flag = name.replace("_", "-")
+                raise InputError(f"--{flag} is {getattr(self, name)}: it must be at least 1.")
 
 
 def noise_of(indices, shape, seed):
     """ε (B, C, h, w), σ (B,) in (0, 1] and chance (B,) in [0, 1): of the index, not of batching."""
-    noise, sigma, chance = [], [], []
+    rows = []
     for index in indices:
         generator = torch.Generator().manual_seed(hash((seed, int(index))) % (1 << 62))
-        noise.append(torch.randn(shape, generator=generator))
-        sigma.append(1 - torch.rand((), generator=generator))
-        chance.append(torch.rand((), generator=generator))
-    return torch.stack(noise), torch.stack(sigma), torch.stack(chance)
+        sigma, chance = (torch.rand((), generator=generator) for _ in range(2))
+        rows.append((torch.randn(shape, generator=generator), 1 - sigma, chance))
+    return [torch.stack(part) for part in zip(*rows, strict=True)]
 
 
 def digest(path):
@@ -232,8 +230,7 @@ def train(config, model_config):
     schedule = get_cosine_with_min_lr_schedule_with_warmup(
         optimizer, config.warmup, config.steps, min_lr_rate=min(1, MIN_LR / config.lr)
     )
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
+    (out := Path(config.out)).mkdir(parents=True, exist_ok=True)
     first = resume(model, optimizer, schedule, out, config)
     wrapped = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
 
@@ -248,10 +245,15 @@ def train(config, model_config):
     stopping = []
     for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(name, lambda number, frame: stopping.append(number))
+    board = None
     if rank == 0:  # what was logged after the step that we go on from is done again
         kept = [*open(out / "log.jsonl")][:first] if (out / "log.jsonl").exists() else []
         log = open(out / "log.jsonl", "w")
         log.writelines(kept)
+        with suppress(ImportError):
+            from torch.utils.tensorboard import SummaryWriter
+
+            board = SummaryWriter(out / "tensorboard", purge_step=first)
     bar = tqdm(initial=first, total=config.steps, disable=rank > 0, mininterval=2)
     began, waited, mean, skipped, broken, bad, step = time.time(), 0.0, None, 0, 0, 0, first
     with bar:
@@ -311,6 +313,8 @@ def train(config, model_config):
                          "memory_gb": round(memory / 1e9, 2)}  # fmt: skip
                 log.write(json.dumps(entry) + "\n")
                 log.flush()
+                for name, value in entry.items() if board else ():
+                    board.add_scalar(name, value, step)
             ended = step == config.steps or total[1] > 0
             if ended or step % config.save_every == 0:
                 if config.zero and world > 1:

@@ -171,21 +171,31 @@ def sampling(repeats):
         ratio(f"(e) sampling 8 pictures of {name}", times["plain"][1:], times["ours"][1:])
 
 
+def train_rate(*flags, number=1):
+    """Samples a second of a short tiny training run, its first steps left out."""
+    out = Path(tempfile.mkdtemp())
+    start = ["-m", "torch.distributed.run", f"--nproc-per-node={number}", "--rdzv-backend=c10d",
+             "--rdzv-endpoint=localhost:0"]  # fmt: skip
+    subprocess.run([sys.executable, *start, "train.py", "--steps", "16", "--out", str(out), *flags],
+                   cwd=ROOT, check=True, capture_output=True,
+                   env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    passed = [32 * entry["step"] / entry["samples_per_s"] for entry in log]
+    return 32 * (len(log) - 4) / (passed[-1] - passed[3])
+
+
+def cached(repeats):
+    """(d) Samples a second of training with pictures encoded every step and with cached latents."""
+    flags = ("--cache-latents", tempfile.mkdtemp())
+    train_rate(*flags)
+    ratio("(d) training with cached latents (time a sample)", [1 / train_rate() for _ in
+          range(repeats)], [1 / train_rate(*flags) for _ in range(repeats)])  # fmt: skip
+
+
 def processes(repeats):
     """(f) Samples a second of training in one process and in two, a thread each."""
-    rates = {}
-    for number in (1, 2):
-        rates[number] = []
-        for _ in range(repeats):
-            out = tempfile.mkdtemp()
-            start = ["-m", "torch.distributed.run", f"--nproc-per-node={number}",
-                     "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]  # fmt: skip
-            subprocess.run([sys.executable, *start, "train.py", "--steps", "12", "--out", out],
-                           cwd=ROOT, check=True, capture_output=True,
-                           env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
-            last = (Path(out) / "log.jsonl").read_text().splitlines()[-1]
-            rates[number].append(json.loads(last)["samples_per_s"])
-    ratio("(f) training in 2 processes against 1", rates[2], rates[1], "/s")
+    one, two = ([1 / train_rate(number=n) for _ in range(repeats)] for n in (1, 2))
+    ratio("(f) training in 2 processes against 1 (time a sample)", one, two)
 
 
 def base(repeats):
@@ -227,7 +237,7 @@ def base(repeats):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", default="a,b,c,e,f,g,h")
+    parser.add_argument("--rows", default="a,b,c,d,e,f,g,h")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     rows, repeats = args.rows.split(","), args.repeats
@@ -236,11 +246,20 @@ def main():
     if "a" in rows:
         memory[64] = steps("a", 64, 256, repeats, "64 prompt tokens")
     if "b" in rows or "c" in rows:
-        for what, tokens in (("one picture", 756), ("1,485 prompt tokens", 1485)):
+        for what, tokens in (
+            ("one picture, 756 prompt tokens", 756), ("1,485 prompt tokens", 1485),
+            ("four pictures, 2,943 prompt tokens", 2943),
+        ):  # fmt: skip
             memory[tokens] = steps("b", tokens, 256, repeats, what)
     for tokens, (plain, ours) in memory.items():
         ratio(f"(c) peak memory above the weights, {tokens} tokens", [ours], [plain], "GB")
-    for row, run in {"e": sampling, "f": processes, "g": backward_growth, "base": base}.items():
+    for row, run in {
+        "d": cached,
+        "e": sampling,
+        "f": processes,
+        "g": backward_growth,
+        "base": base,
+    }.items():
         if row in rows:
             run(repeats)
     if "h" in rows:
