@@ -61,7 +61,7 @@ class TrainConfig:
     sources_column: str = ""
     streaming: bool = False
     cache_latents: str = ""
-    steps: int = 3600
+    steps: int = 2400
     batch_size: int = 32
     micro_batch_size: int = 0
     lr: float = 1e-3

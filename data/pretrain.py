@@ -588,8 +588,9 @@ def caption_states(language, tokenizer, prompts):
     return states[:, skip:], inputs["attention_mask"][:, skip:]
 
 
-def train_diffusion(out, steps, number=24000):
+def train_diffusion(out, steps):
     """A toy Sana on captions alone: 8x8 latents, 6 layers, 192 wide, flow matching."""
+    number = min(24000, 32 * steps)  # captions and pictures, encoded once
     tokenizer = AutoProcessor.from_pretrained(out / "mllm").tokenizer
     language = Qwen2ForCausalLM.from_pretrained(out / "llm").eval()
     vae = AutoencoderDC.from_pretrained(out / "diffusion" / "vae").eval()

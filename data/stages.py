@@ -23,13 +23,13 @@ PAPER = {
     "instruct": CC12M | {"data": "xcpan/MetaQuery_Instruct_2.4M_512res", "steps": 3516,
                          "batch_size": 2048},
 }  # fmt: skip
-TINY_STEPS = {"edit": 1000, "instruct": 6000}
+TINY_STEPS = {"edit": 1000, "instruct": 5000}
 
 
 def recipe(size, stage):
     """The defaults of a stage at a size: what the paper did, or what suits the tiny world."""
     if size == "tiny":
-        return {"steps": TINY_STEPS.get(stage, 3600)}
+        return {"steps": TINY_STEPS.get(stage, 2400)}
     return {"lr": 1e-4, "warmup": 4000} | PAPER.get(stage, CC12M)
 
 

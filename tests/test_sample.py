@@ -27,6 +27,7 @@ from data.shapes import (
     render,
     sample,
     score,
+    unseen_question,
 )
 from metaquery import MetaQuery
 
@@ -80,10 +81,11 @@ def test_training_from_the_shipped_frozen_parts(tmp_path):
 
 
 def share_right(model, kinds, number):
-    """Share of unseen prompts of some kinds that the shipped model draws right."""
+    """Share of unseen cases of some kinds that the shipped model draws right."""
     made = [sample(kind, i, split="test") for kind in kinds for i in range(number)]
     generator = torch.Generator().manual_seed(0)
-    pictures = model.generate([s.prompt for s in made], generator=generator)
+    prompts, images = [s.prompt for s in made], [s.images for s in made]
+    pictures = model.generate(prompts, images, num_inference_steps=20, generator=generator)
     return sum(score(p, s.want) for p, s in zip(pictures, made, strict=True)) / len(made)
 
 
@@ -92,16 +94,24 @@ def test_a_sentence_becomes_its_picture(tiny):
     assert share_right(tiny, ["single object", "colors", "held-out"], 10) >= 0.9
 
 
-@pytest.mark.xfail(reason="the shipped model does not yet bind two objects to colours and places")
 def test_six_kinds_are_drawn_right(tiny):
-    assert share_right(tiny, SIX_KINDS, 5) >= 0.9
+    assert share_right(tiny, SIX_KINDS, 8) >= 0.85
 
 
-@pytest.mark.xfail(reason="the shipped model does not yet bind two objects to colours and places")
 def test_the_readmes_sentence_becomes_its_picture(tiny):
     want = Want((Wanted("red", "star"), Wanted("blue", "circle")), "left of")
     prompt = ["a red star left of a blue circle"]
     assert score(tiny.generate(prompt, generator=torch.Generator().manual_seed(0))[0], want)
+
+
+@pytest.mark.parametrize(
+    "kind, share",
+    [("reconstruction", 0.75), ("edit", 0.65), ("one subject", 0.65), ("two subjects", 0.5),
+     ("association", 0.55)],
+)  # fmt: skip
+def test_pictures_in_become_right_pictures(tiny, kind, share):
+    """With room for chance: 32 cases of each kind; the README's figures are of more."""
+    assert share_right(tiny, [kind], 32) >= share
 
 
 def test_same_seed_same_picture_alone_or_in_a_file(tmp_path):
@@ -156,14 +166,20 @@ def test_shipped_mllm_knows(tiny):
     assert sum(a == s.plain for a, s in zip(said, made, strict=True)) >= 0.97 * len(made)
 
 
-@pytest.mark.xfail(reason="the shipped toy MLLM names colours but not yet every shape it sees")
 def test_shipped_mllm_sees(tiny):
     """Captions with the right set of (shape, colour, count): 95%."""
     rng = random.Random("see")
-    scenes = [random_scene(rng) for _ in range(50)]
+    scenes = [random_scene(rng) for _ in range(100)]
     said = answers(tiny.mllm, tiny.processor, [Talk("", "", (scene,), True) for scene in scenes])
     right = [words_of(a) == words_of(describe(s)) for a, s in zip(said, scenes, strict=True)]
     assert sum(right) >= 0.95 * len(right)
+
+
+def test_shipped_mllm_answers(tiny):
+    """Questions about pictures, as a user asks them; with room for chance."""
+    asked = [unseen_question(i) for i in range(40)]
+    right = [tiny.answer(t.user, t.images) == t.assistant for t in asked]
+    assert sum(right) >= 0.85 * len(right)
 
 
 def words_of(text):
