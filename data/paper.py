@@ -110,8 +110,19 @@ def count(module):
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+def picture_tokens(mllm):
+    """Words for how many tokens a picture takes in the prompt, cut as conditions are (§3.1)."""
+    vision = getattr(mllm.config, "vision_config", None)
+    if vision is None:
+        return "no pictures"
+    if mllm.config.model_type == "llava_onevision":
+        side = vision.image_size // vision.patch_size
+        return f"a picture {side**2 + side * (side + 1)} tokens, one of several {side**2 + 1}"
+    return "a picture 256 to 1280 tokens"
+
+
 def table(config):
-    """Rows (part, parameters, trained, dtype, GB at rest, GB in training) of a MetaQueryConfig.
+    """Rows (part, parameters, trained, GB at rest, GB in training) and lengths of a config.
 
     In training a frozen part costs its bf16 weights; a trained one its fp32 weights, gradients and
     AdamW's two moments. Activations come on top.
@@ -135,7 +146,12 @@ def table(config):
         rest = number * (4 if trained else 2) / 1e9
         rows.append((name, number, trained, rest, rest * (4 if trained else 1)))
     total = [sum(row[i] for row in rows) for i in (1, 3, 4)]
-    return [*rows, ("in all", total[0], None, *total[1:])], d, width, diffusion.config.sample_size
+    rows.append(("in all", total[0], None, *total[1:]))
+    side = diffusion.config.sample_size
+    lengths = (f"condition: {config.num_queries} queries {d} wide -> {config.num_queries} x {width}; "
+               f"prompt: up to 256 tokens of text, {picture_tokens(mllm)}; "
+               f"latents {side} x {side}")  # fmt: skip
+    return rows, lengths
 
 
 def main():
@@ -148,7 +164,7 @@ def main():
         size = parser.parse_known_args()[0].size
         parser.set_defaults(**asdict(MetaQueryConfig.preset(size)))
         config, _ = parser.parse_args_into_dataclasses()
-        rows, d, width, side = table(config)
+        rows, lengths = table(config)
     except (InputError, OSError, ValueError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
@@ -159,8 +175,7 @@ def main():
         dtype = {True: "float32", False: "bfloat16", None: ""}[trained]
         shown = f"{number / 1e6:10.1f} M"
         print(f"{name:>16} {shown:>12}  {word:8} {dtype:8} {rest:5.2f} GB {training:6.2f} GB")
-    print(f"condition: {config.num_queries} queries {d} wide -> {config.num_queries} x {width}; "
-          f"prompts up to 256 tokens; latents {side} x {side}")  # fmt: skip
+    print(lengths)
     print(
         "training: weights, gradients and AdamW's moments of one process, activations not counted"
     )

@@ -682,7 +682,7 @@ PARTS = {
     "vae": (train_vae, 5500, "diffusion/vae/config.json"),
     "vision": (train_vision, 3000, "vision/config.json"),
     "llm": (train_llm, 1800, "llm/config.json"),
-    "mllm": (train_mllm, 2200, "mllm/config.json"),
+    "mllm": (train_mllm, 3000, "mllm/config.json"),
     "diffusion": (train_diffusion, 5500, "diffusion/transformer/config.json"),
 }
 

@@ -62,10 +62,11 @@ def test_parts_weigh_what_their_makers_say(name, millions):
 
 def test_table_of_base_is_the_papers():
     """316M of connector at base (Table 3), 256 queries of 896 for 2304 wide conditions."""
-    rows, d, width, side = table(MetaQueryConfig.preset("base"))
+    rows, lengths = table(MetaQueryConfig.preset("base"))
     numbers = {row[0]: row[1] for row in rows}
     assert abs(numbers["connector"] / 1e6 - 316) < 1 and numbers["queries"] == 256 * 896
-    assert (d, width, side) == (896, 2304, 16)
+    assert "256 queries 896 wide -> 256 x 2304" in lengths and "latents 16 x 16" in lengths
+    assert "a picture 1485 tokens, one of several 730" in lengths
     trained = {row[0] for row in rows if row[2]}
     assert trained == {"queries", "connector", "diffusion model"}
     assert numbers["in all"] == sum(number for name, number in numbers.items() if name != "in all")
