@@ -147,8 +147,8 @@ def table(config):
         rows.append((name, number, trained, rest, rest * (4 if trained else 1)))
     total = [sum(row[i] for row in rows) for i in (1, 3, 4)]
     rows.append(("in all", total[0], None, *total[1:]))
-    side = diffusion.config.sample_size
-    lengths = (f"condition: {config.num_queries} queries {d} wide -> {config.num_queries} x {width}; "
+    side, n = diffusion.config.sample_size, config.num_queries
+    lengths = (f"condition: {n} queries {d} wide -> {n} x {width}; "
                f"prompt: up to 256 tokens of text, {picture_tokens(mllm)}; "
                f"latents {side} x {side}")  # fmt: skip
     return rows, lengths
