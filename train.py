@@ -191,7 +191,7 @@ def draw_samples(model, stage, path):
     rows = zip(images, pictures, strict=True)
     shown = [picture for row, drawn in rows for picture in (*row[:1], drawn)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    grid(shown).save(path)
+    grid(shown, 8 if any(images) else 4).save(path)
 
 
 def train(config, model_config):
