@@ -61,7 +61,8 @@ def test_readme_commands(tmp_path):
             continue
         for name in ("prompts.txt", "scores.json", "crosses.png", "drawings", "sample.png"):
             line = line.replace(name, str(tmp_path / name))
-        line += " --limit 2" if "--benchmark" in line else ""
+        line += " --limit 1" if "--benchmark" in line else ""
+        line += "" if "--ask" in line else " --steps 6"
         line += "" if "--out" in line else f" --out {tmp_path}/readme.png"
         done = subprocess.run(line, shell=True, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, (line, done.stderr)
