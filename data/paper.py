@@ -6,7 +6,6 @@ builds each part on the meta device, from the hub's or a folder's config if ther
 the fields below if not, and prints its parameters and memory.
 """
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,13 +21,24 @@ LLAVA, QWEN3, QWEN7 = (
 _QWEN_VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
                 "fullatt_block_indexes": [7, 15, 23, 31], "window_size": 112}  # fmt: skip
 _QWEN_ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+_QWEN_HALF_BILLION = dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
+                          num_attention_heads=14, num_key_value_heads=2,
+                          tie_word_embeddings=True)  # fmt: skip
+
+
+def _qwen_vl(tied, **text):
+    """A Qwen2.5-VL config: its sizes share the vision tower and differ in the language model."""
+    return transformers.Qwen2_5_VLConfig(
+        text_config=text | {"rope_scaling": _QWEN_ROPE},
+        vision_config=_QWEN_VISION | {"out_hidden_size": text["hidden_size"]},
+        tie_word_embeddings=tied,
+    )
+
+
 # What differs from the defaults of the classes in transformers and diffusers.
 MLLMS = {
     LLAVA: lambda: transformers.LlavaOnevisionConfig(
-        text_config=transformers.Qwen2Config(
-            vocab_size=152000, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
-            num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True,
-        ),
+        text_config=transformers.Qwen2Config(vocab_size=152000, **_QWEN_HALF_BILLION),
         vision_config=transformers.SiglipVisionConfig(
             hidden_size=1152, intermediate_size=4304, num_hidden_layers=26,
             num_attention_heads=16, image_size=384, patch_size=14, vision_use_head=False,
@@ -36,25 +46,16 @@ MLLMS = {
         image_grid_pinpoints=[[384 * i, 384 * j] for i in range(1, 7) for j in range(1, 7)],
         tie_word_embeddings=True,
     ),
-    QWEN3: lambda: transformers.Qwen2_5_VLConfig(
-        text_config=dict(
-            vocab_size=151936, hidden_size=2048, intermediate_size=11008, num_hidden_layers=36,
-            num_attention_heads=16, num_key_value_heads=2, rope_scaling=_QWEN_ROPE,
-        ),
-        vision_config=_QWEN_VISION | {"out_hidden_size": 2048},
-        tie_word_embeddings=True,
+    QWEN3: lambda: _qwen_vl(
+        True, vocab_size=151936, hidden_size=2048, intermediate_size=11008, num_hidden_layers=36,
+        num_attention_heads=16, num_key_value_heads=2,
     ),
-    QWEN7: lambda: transformers.Qwen2_5_VLConfig(
-        text_config=dict(
-            vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
-            num_attention_heads=28, num_key_value_heads=4, rope_scaling=_QWEN_ROPE,
-        ),
-        vision_config=_QWEN_VISION | {"out_hidden_size": 3584},
-        tie_word_embeddings=False,
+    QWEN7: lambda: _qwen_vl(
+        False, vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+        num_attention_heads=28, num_key_value_heads=4,
     ),
     "Qwen/Qwen2.5-0.5B-Instruct": lambda: transformers.Qwen2Config(
-        vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
-        num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True,
+        vocab_size=151936, **_QWEN_HALF_BILLION
     ),
 }  # fmt: skip
 _SANA_600M = dict(num_attention_heads=36, num_layers=28, num_cross_attention_heads=16,
@@ -157,6 +158,7 @@ def table(config):
 def main():
     """Print the table of a size, with any field of the config as a flag."""
     from metaquery import InputError, MetaQueryConfig
+    from sample import stop
 
     parser = transformers.HfArgumentParser(MetaQueryConfig, description=__doc__)
     parser.add_argument("--size", default="tiny", help="tiny, base, large or xlarge")
@@ -166,8 +168,7 @@ def main():
         config, _ = parser.parse_args_into_dataclasses()
         rows, lengths = table(config)
     except (InputError, OSError, ValueError) as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+        stop(error)
     print(f"{size}: {config.mllm} x {config.diffusion}")
     print(f"{'part':>16} {'parameters':>12}  {'':8} {'dtype':8} {'at rest':>8} {'training':>9}")
     for name, number, trained, rest, training in rows:

@@ -248,8 +248,9 @@ def words_to_vectors(rows, embeddings, tokenizer):
     A second colour is its word's embedding turned halfway round, so that it is not the first.
     """
     half, words = embeddings.shape[1] // 2, []
-    for word in EYE_WORDS:
-        vector = embeddings[tokenizer(" " + word.rstrip("'"))["input_ids"]].sum(0)
+    tokens = tokenizer([" " + word.rstrip("'") for word in EYE_WORDS])["input_ids"]
+    for word, ids in zip(EYE_WORDS, tokens, strict=True):
+        vector = embeddings[ids].sum(0)
         words.append(vector.roll(half) if word in INNER else vector)
     words = torch.stack(words)
     directions = torch.randn(3, words.shape[1], generator=torch.Generator().manual_seed(0))

@@ -127,10 +127,10 @@ class Examples(Dataset):
         if self.order[0] != epoch:
             shuffled = np.random.default_rng((self.seed, epoch)).permutation(len(self.rows))
             self.order = epoch, shuffled
+        coin = random.Random(f"{self.seed} {index}").random()
         for skipped in range(MOST_BROKEN):
             row = self.rows[int(self.order[1][(place + skipped * 7919) % len(self.rows)])]
             try:
-                coin = random.Random(f"{self.seed} {index}").random()
                 return *read_row(row, self.stage, coin), skipped
             except Exception:
                 continue

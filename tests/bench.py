@@ -150,7 +150,7 @@ def sampling(repeats):
 
     from metaquery import TINY, MetaQuery
 
-    model, prompt = MetaQuery.from_pretrained(TINY.parent / "tiny"), "a red star"
+    model, prompt = MetaQuery.from_pretrained(TINY), "a red star"
     several = [
         f"a {color} star" for color in "red green blue yellow purple orange pink brown".split()
     ]

@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train import ROOT, losses, parts, run  # noqa: F401
+from test_train import ROOT, environment, launcher, losses, parts, run  # noqa: F401
 
 
 def command(parts, out, *flags):  # noqa: F811
@@ -21,10 +21,6 @@ def command(parts, out, *flags):  # noqa: F811
             "--num-queries", 4, "--connector-layers", 1, "--batch-size", 4, "--warmup", 2,
             "--steps", 40, "--save-every", 5, "--sample-every", 1000, *flags]  # fmt: skip
     return [sys.executable, *map(str, made)]
-
-
-def environment():
-    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def start(made, **options):
@@ -165,11 +161,7 @@ def test_a_step_without_finite_numbers_is_skipped_by_all(parts, tmp_path, world)
     script = tmp_path / "wrong.py"
     script.write_text(WRONG.replace("{steps}", "(3, 4)").replace("{rank}", str(world - 1)))
     made = command(parts, tmp_path / "out", "--steps", 6)[2:]
-    launch = [sys.executable, script]
-    if world > 1:
-        launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world}",
-                  "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", script]  # fmt: skip
-    done = run([*map(str, launch), *made], PYTHONPATH=str(ROOT))
+    done = run([*launcher(world), str(script), *made], PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr
     log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert [entry["skipped_steps"] for entry in log] == [0, 0, 1, 2, 2, 2]
@@ -192,10 +184,8 @@ def test_a_rank_that_dies_takes_the_job_down(parts, tmp_path):  # noqa: F811
     script.write_text(WRONG.replace("float(\"nan\")", "os._exit(7)").replace(
         "{steps}", "(3,)").replace("{rank}", "1"))  # fmt: skip
     made = command(parts, tmp_path / "out")[2:]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
-              "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(script)]  # fmt: skip
     began = time.time()
-    done = run([*launch, *made], PYTHONPATH=str(ROOT))
+    done = run([*launcher(2), str(script), *made], PYTHONPATH=str(ROOT))
     assert done.returncode != 0 and time.time() - began < 120
     assert "exitcode" in done.stderr and "7" in done.stderr
 
@@ -206,8 +196,6 @@ def test_two_processes_go_on_where_one_was(parts, whole, tmp_path):  # noqa: F81
     wait_for(tmp_path, 6, process)
     process.terminate()
     process.communicate()
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
-              "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]  # fmt: skip
-    done = run([*launch, *command(parts, tmp_path, "--zero", "true")[1:]])
+    done = run([*launcher(2), *command(parts, tmp_path, "--zero", "true")[1:]])
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path) == pytest.approx(losses(whole), rel=5e-2)

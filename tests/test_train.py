@@ -13,21 +13,28 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parent.parent
 
 
-def run(command, **environment):
+def environment(**changes):
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | changes
+
+
+def run(command, **changes):
     """Run a command line from the project's root; returns the finished process."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment
     return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        command, cwd=ROOT, env=environment(**changes), capture_output=True, text=True, timeout=300
     )
 
 
-def train(parts, out, *flags, torchrun=0):
-    start = [sys.executable]
-    if torchrun:
-        start += ["-m", "torch.distributed.run", f"--nproc-per-node={torchrun}", "--master-port=0"]
-        start += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+def launcher(processes):
+    """The start of a command line: python, or torchrun's processes."""
+    if processes == 1:
+        return [sys.executable]
+    return [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}",
+            "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]  # fmt: skip
+
+
+def train(parts, out, *flags, torchrun=1):
     command = [
-        *start, "train.py", "--mllm", parts / "llava", "--diffusion", parts / "sana64",
+        *launcher(torchrun), "train.py", "--mllm", parts / "llava", "--diffusion", parts / "sana64",
         "--out", out,
         "--num-queries", "4", "--connector-layers", "1", "--batch-size", "4", "--warmup", "2",
         "--steps", "6", *flags,
