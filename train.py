@@ -10,14 +10,12 @@ weights at its top, so that `sample.py --checkpoint OUT` works at any time.
 
 import hashlib
 import json
-import math
 import os
-import resource
 import shutil
 import signal
 import sys
 import time
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,9 +27,9 @@ from safetensors.torch import load_file
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 from transformers import HfArgumentParser, get_cosine_with_min_lr_schedule_with_warmup
 
+from data.log import Log
 from data.pictures import grid
 from data.shapes import sample
 from data.sources import cache_folder, cache_latents, open_batches, resolution_of
@@ -40,7 +38,6 @@ from metaquery import InputError, MetaQuery, MetaQueryConfig
 from sample import stop
 
 MIN_LR = 1e-5  # where the cosine ends (§4)
-MOST_BAD_STEPS = 10
 WEIGHED = ("model.safetensors", "training.pt")
 # What may differ between a run and its going on; the rest would make it another run.
 MAY_CHANGE = {"out", "micro_batch_size", "save_every", "keep", "sample_every", "workers", "resume",
@@ -245,86 +242,57 @@ def train(config, model_config):
     stopping = []
     for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(name, lambda number, frame: stopping.append(number))
-    board = None
-    if rank == 0:  # what was logged after the step that we go on from is done again
-        kept = [*open(out / "log.jsonl")][:first] if (out / "log.jsonl").exists() else []
-        log = open(out / "log.jsonl", "w")
-        log.writelines(kept)
-        with suppress(ImportError):
-            from torch.utils.tensorboard import SummaryWriter
-
-            board = SummaryWriter(out / "tensorboard", purge_step=first)
-    bar = tqdm(initial=first, total=config.steps, disable=rank > 0, mininterval=2)
-    began, waited, mean, skipped, broken, bad, step = time.time(), 0.0, None, 0, 0, 0, first
-    with bar:
-        while step < config.steps:
-            total = torch.zeros(2, device=device)  # the loss, and whether a rank was told to stop
-            for part in range(share // micro):
-                asked = time.time()
-                prompts, images, targets, over, files = next(loader)
-                waited, broken = waited + time.time() - asked, broken + over
-                start = step * config.batch_size + rank * share + part * micro
-                noise, sigma, chance = noise_of(range(start, start + micro), latent, config.seed)
-                rows = zip(prompts, images, chance.tolist(), strict=True)
-                prompts, images = zip(*(dropped(config.stage, *row) for row in rows), strict=True)
-                if not model.is_flow:
-                    sigma = (sigma * model.scheduler.config.num_train_timesteps).ceil() - 1
-                last = part == share // micro - 1
-                targets, noise, sigma = (x.to(device) for x in (targets, noise, sigma))
+    log, step, ended = Log(out, config, first, rank), first, False
+    with log.bar:
+        while not ended and step < config.steps:
+            asked = time.time()
+            prompts, images, targets, broken, files = next(loader)
+            log.waited, log.broken = log.waited + time.time() - asked, log.broken + broken
+            start = step * config.batch_size + rank * share
+            noise, sigma, chance = noise_of(range(start, start + share), latent, config.seed)
+            rows = zip(prompts, images, chance.tolist(), strict=True)
+            prompts, images = zip(*(dropped(config.stage, *row) for row in rows), strict=True)
+            if not model.is_flow:
+                sigma = (sigma * model.scheduler.config.num_train_timesteps).ceil() - 1
+            # Prompts of like length go together, so that little of a micro-batch is padding.
+            order = sorted(range(share), key=lambda row: (len(images[row]), len(prompts[row])))
+            numbers = torch.zeros(3, device=device)  # loss, ranks told to stop, gradient norm
+            for part in range(0, share, micro):
+                rows = order[part : part + micro]
+                batch = [x[rows] for x in (targets, noise, sigma)]
+                if device.type == "cuda":  # from pinned memory the copies need not be waited for
+                    batch = [x.pin_memory().to(device, non_blocking=True) for x in batch]
                 if files:
-                    targets = model.encode_latents(targets).contiguous()
-                    cache_latents(targets, files)
+                    batch[0] = model.encode_latents(batch[0]).contiguous()
+                    cache_latents(batch[0], [files[row] for row in rows])
+                words, pictures = ([x[row] for row in rows] for x in (prompts, images))
+                last = part + micro == share
                 with nullcontext() if last or world == 1 else wrapped.no_sync():
                     with sdpa_kernel(attention), torch.autocast(device.type, torch.bfloat16):
-                        loss = wrapped(prompts, targets, images, noise, sigma)
+                        loss = wrapped(words, batch[0], pictures, *batch[1:])
                     (loss * micro / share).backward()
-                total[0] += loss.detach() * micro / share / world
-            total[1] = len(stopping)
-            norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+                numbers[0] += loss.detach() * micro / share / world
+            numbers[1] = len(stopping)
             if world > 1:
-                dist.all_reduce(total)
-            # Gradients and losses are summed over the ranks, so all of them skip the same steps.
-            if finite := math.isfinite(total[0].item() + norm.item()):
-                optimizer.step()
-            skipped, bad = skipped + (not finite), 0 if finite else bad + 1
+                dist.all_reduce(numbers)
+            numbers[2] = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            # Gradients and losses are summed over the ranks, so all skip the same steps. The fused
+            # AdamW leaves all as it is where found_inf is 1; the host need not know of it yet.
+            finite = numbers[::2].sum().isfinite()
+            getattr(optimizer, "optim", optimizer).found_inf = (~finite).float()
+            optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             schedule.step()
             step += 1
-            if bad == MOST_BAD_STEPS:
-                newest = max(out.glob("step-*"), default="none")
-                raise InputError(
-                    f"loss or gradient was not finite {bad} times in a row, up to step {step}: "
-                    f"lower --lr or look at the data; the last checkpoint is {newest}."
-                )
-            if rank == 0:
-                if finite:
-                    mean = 0.98 * (mean or total[0].item()) + 0.02 * total[0].item()
-                passed = time.time() - began
-                rate = (step - first) * config.batch_size / passed
-                shown = {"loss": f"{mean or math.nan:.4f}", "samples_s": f"{rate:.0f}"}
-                bar.set_postfix(shown, refresh=False)
-                bar.update()
-                memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-                memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else memory
-                entry = {"step": step, "loss": total[0].item(), "grad_norm": norm.item(),
-                         "lr": schedule.get_last_lr()[0], "samples_per_s": round(rate, 1),
-                         "data_wait": round(waited / passed, 4), "skipped_steps": skipped,
-                         "skipped_samples": broken,
-                         "memory_gb": round(memory / 1e9, 2)}  # fmt: skip
-                log.write(json.dumps(entry) + "\n")
-                log.flush()
-                for name, value in entry.items() if board else ():
-                    board.add_scalar(name, value, step)
-            ended = step == config.steps or total[1] > 0
+            ended = log.add(step, numbers, schedule.get_last_lr()[0]) or step == config.steps
             if ended or step % config.save_every == 0:
+                log.read()
                 if config.zero and world > 1:
                     optimizer.consolidate_state_dict(0)
                 if rank == 0:
                     save(model, optimizer, schedule, step, out, config)
             if rank == 0 and (ended or step % config.sample_every == 0):
                 draw_samples(model, config.stage, out / "samples" / f"step-{step:08d}.png")
-            if ended:
-                break
     if rank == 0:
         print(f"saved {out} at step {step}")
     if world > 1:

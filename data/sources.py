@@ -144,28 +144,28 @@ def too_many_broken():
 class Stream(IterableDataset):
     """A streamed dataset: each rank and worker reads its own share; stepping in is exact.
 
-    `batches` of `micro` samples were taken by this rank before; they are read over undecoded.
+    `batches` of `share` samples were taken by this rank before; they are read over undecoded.
     """
 
-    def __init__(self, rows, stage, seed, rank, world, batches, micro):
+    def __init__(self, rows, stage, seed, rank, world, batches, share):
         self.rows, self.stage, self.seed = rows, stage, seed
-        self.rank, self.world, self.batches, self.micro = rank, world, batches, micro
+        self.rank, self.world, self.batches, self.share = rank, world, batches, share
 
     def __iter__(self):
         info = get_worker_info()
         workers, worker = (info.num_workers, info.id) if info else (1, 0)
         # The loader asks worker 0 first, whichever was next when the run was left.
         worker = (worker + self.batches) % workers
-        over = (self.batches - worker + workers - 1) // workers * self.micro
+        over = (self.batches - worker + workers - 1) // workers * self.share
         number, epoch, skipped = 0, 0, 0
         while True:
             rows = self.rows.shuffle(seed=self.seed + epoch, buffer_size=SHUFFLE_BUFFER)
-            share = (self.rank * workers + worker, self.world * workers)
+            place = (self.rank * workers + worker, self.world * workers)
             # Its `iter` leaves the splitting between workers to us, its `__iter__` does not.
-            for columns in split_dataset_by_node(rows, *share).iter(1):
+            for columns in split_dataset_by_node(rows, *place).iter(1):
                 row = {name: values[0] for name, values in columns.items()}
                 try:
-                    coin = random.Random(f"{self.seed} {share} {number}").random()
+                    coin = random.Random(f"{self.seed} {place} {number}").random()
                     made = read_row(row, self.stage, coin)
                 except Exception:
                     skipped += 1
@@ -225,13 +225,12 @@ def resolution_of(model):
 
 
 def open_batches(config, kinds, resolution, first, rank, world, cache=None):
-    """An endless iterator over this rank's micro-batches from step `first` on (see `collate`).
+    """An iterator over this rank's share of each step's batch from step `first` on (`collate`).
 
     config.data is "shapes", whose `kinds` and their weights the stage names, or one or more
     datasets, "NAME,NAME=WEIGHT,...". Raises InputError where one cannot be read.
     """
     share = config.batch_size // world
-    micro = config.micro_batch_size or share
     sampler = (
         step * config.batch_size + rank * share + i
         for step in range(first, config.steps)
@@ -253,11 +252,10 @@ def open_batches(config, kinds, resolution, first, rank, world, cache=None):
             options = {"seed": config.seed, "stopping_strategy": "all_exhausted"}
             mixed = interleave_datasets(rows, list(weights / weights.sum()), **options)
         if config.streaming:
-            taken = first * share // micro
-            data = Stream(mixed, config.stage, config.seed, rank, world, taken, micro)
+            data = Stream(mixed, config.stage, config.seed, rank, world, first, share)
             sampler = None
         else:
             data = Examples(mixed, config.stage, config.seed)
-    options = {"num_workers": config.workers, "pin_memory": config.device == "cuda"}
     collated = partial(collate, resolution=resolution, cache=cache)
-    return iter(DataLoader(data, micro, sampler=sampler, collate_fn=collated, **options))
+    workers = config.workers
+    return iter(DataLoader(data, share, sampler=sampler, collate_fn=collated, num_workers=workers))

@@ -82,6 +82,9 @@ def test_kills_at_any_time_lose_nothing(parts, whole, tmp_path):  # noqa: F811
         process.communicate()
         for folder in tmp_path.glob("step-*"):
             assert load_file(folder / "model.safetensors"), "what is there is whole"
+        if process.returncode == 0:  # it had come to its end: the soak goes on with a new run
+            same_end(tmp_path, whole)
+            shutil.rmtree(tmp_path)
     done = run(command(parts, tmp_path))
     assert done.returncode == 0, done.stderr
     same_end(tmp_path, whole)
