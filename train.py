@@ -107,7 +107,7 @@ def save(model, optimizer, schedule, step, out, config):
     Raises InputError where the disk is full; the checkpoints that were there stay whole.
     """
     folder = out / f"step-{step:08d}"
-    aside = out / f".{folder.name}"
+    aside = out / ".step-aside"
     about = {"train": asdict(config), "model": asdict(model.config)}
     state = {"step": step, "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
     try:
@@ -134,7 +134,8 @@ def save(model, optimizer, schedule, step, out, config):
             f"again; whole checkpoints there: {whole}."
         ) from None
     for old in sorted(out.glob("step-*"))[: -config.keep]:
-        shutil.rmtree(old)
+        old.rename(aside)  # killed while removing it, no half of it is left among the whole ones
+        shutil.rmtree(aside)
 
 
 def resume(model, optimizer, schedule, out, config):

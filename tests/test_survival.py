@@ -1,6 +1,8 @@
 """Training that survives: signals, kills, damaged checkpoints, full disks, numbers gone wrong."""
 
+import importlib
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -70,24 +72,50 @@ def test_a_signal_saves_and_ends_well(parts, whole, tmp_path, number):  # noqa: 
     same_end(tmp_path, whole)
 
 
+def train_quietly(made):
+    torch.set_num_threads(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
+    os.chdir(ROOT)
+    sys.argv = made[1:]
+    sys.path.insert(0, str(ROOT))
+    importlib.import_module("train").main()
+
+
 def test_kills_at_any_time_lose_nothing(parts, whole, tmp_path):  # noqa: F811
-    """A bounded soak: killed at random moments, also while saving, the run ends the same."""
-    rng, kills = random.Random(0), int(os.environ.get("METAQUERY_KILLS", 2))
-    for _ in range(kills):
-        process = start(command(parts, tmp_path, "--save-every", rng.choice((1, 3))))
-        there = len(losses(tmp_path)) if (tmp_path / "log.jsonl").exists() else 0
-        wait_for(tmp_path, there + rng.randint(1, 3), process)
-        time.sleep(rng.random() * 0.2)
-        process.kill()
-        process.communicate()
-        for folder in tmp_path.glob("step-*"):
+    """A soak: killed at random moments, also while saving, a run ends the same, time and again.
+
+    Each start is a fork of a process that has imported all, so that hundreds take minutes.
+    """
+    rng, kills, ends = random.Random(0), int(os.environ.get("METAQUERY_KILLS", 10)), 0
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(["train"])
+    killed, out = 0, tmp_path / "out"
+    while killed < kills or ends == 0:
+        made = command(parts, out, "--save-every", rng.choice((1, 3)))
+        process = forks.Process(target=train_quietly, args=(made,))
+        process.start()
+        there = len(losses(out)) if (out / "log.jsonl").exists() else 0
+        until = time.time() + 60
+        wanted = there + rng.randint(1, 5)
+        while process.is_alive() and time.time() < until:
+            if killed < kills and (out / "log.jsonl").exists() and len(losses(out)) >= wanted:
+                time.sleep(rng.random() * 0.2)
+                process.kill()
+                break
+            time.sleep(0.01)
+        process.join(60)
+        if process.exitcode == 0:  # it had come to its end: the soak goes on with a new run
+            same_end(out, whole)
+            shutil.rmtree(out)
+            ends += 1
+            continue
+        assert process.exitcode == -signal.SIGKILL, "it ended by itself"
+        killed += 1
+        for folder in out.glob("step-*"):
             assert load_file(folder / "model.safetensors"), "what is there is whole"
-        if process.returncode == 0:  # it had come to its end: the soak goes on with a new run
-            same_end(tmp_path, whole)
-            shutil.rmtree(tmp_path)
-    done = run(command(parts, tmp_path))
-    assert done.returncode == 0, done.stderr
-    same_end(tmp_path, whole)
+    print(f"{killed} kills in {ends} runs, each with the same bits at its end")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
