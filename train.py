@@ -200,7 +200,11 @@ def train(config, model_config):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # Started again by torchrun, a rank would find the dead ones' addresses in the shared store.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
+                                 next(dist.rendezvous("env://"))[0])  # fmt: skip
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     share, rest = divmod(config.batch_size, world)
     micro = config.micro_batch_size or share
     if rest or share % micro:

@@ -118,6 +118,28 @@ def test_kills_at_any_time_lose_nothing(parts, whole, tmp_path):  # noqa: F811
     print(f"{killed} kills in {ends} runs, each with the same bits at its end")
 
 
+IN_SAVE = """
+import os, signal, torch, train
+plain = torch.save
+def save(*rest):
+    os.kill(os.getpid(), signal.SIGTERM)
+    plain(*rest)
+torch.save = save
+train.main()
+"""
+
+
+def test_a_signal_during_a_save_leaves_it_whole(parts, whole, tmp_path):  # noqa: F811
+    script = tmp_path / "in_save.py"
+    script.write_text(IN_SAVE)
+    made = command(parts, tmp_path / "out")[2:]
+    done = run([sys.executable, str(script), *made], PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    assert len(losses(tmp_path / "out")) < 10 and (tmp_path / "out" / "step-00000005").is_dir()
+    assert run(command(parts, tmp_path / "out")).returncode == 0
+    same_end(tmp_path / "out", whole)
+
+
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
 def test_a_damaged_checkpoint_is_said_and_passed_over(parts, whole, tmp_path, damage):  # noqa: F811
     out = tmp_path / "out"
@@ -219,6 +241,18 @@ def test_a_rank_that_dies_takes_the_job_down(parts, tmp_path):  # noqa: F811
     done = run([*launcher(2), str(script), *made], PYTHONPATH=str(ROOT))
     assert done.returncode != 0 and time.time() - began < 120
     assert "exitcode" in done.stderr and "7" in done.stderr
+
+
+def test_torchrun_starts_a_dead_rank_again(parts, tmp_path):  # noqa: F811
+    """After its restart the job goes on from its last checkpoint and comes to its end."""
+    script, once = tmp_path / "dies.py", tmp_path / "once"
+    dying = f"(os.path.exists({str(once)!r}) or open({str(once)!r}, 'x') and os._exit(7))"
+    script.write_text(WRONG.replace('float("nan")', dying).replace(
+        "{steps}", "(8,)").replace("{rank}", "1"))  # fmt: skip
+    made = command(parts, tmp_path / "out", "--steps", 12)[2:]
+    done = run([*launcher(2), "--max-restarts=1", str(script), *made], PYTHONPATH=str(ROOT))
+    assert done.returncode == 0 and once.exists(), done.stderr
+    assert len(losses(tmp_path / "out")) == 12
 
 
 def test_two_processes_go_on_where_one_was(parts, whole, tmp_path):  # noqa: F811
