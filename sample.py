@@ -138,14 +138,18 @@ def ready(jobs, errors, first=0):
             errors.append((number, error))
 
 
-def draw(model, rows, args):
-    """Pictures of (prompt, PIL pictures) rows: for each a list of --num-images, from --seed."""
+def draw(model, rows, args, seeds=None):
+    """Pictures of (prompt, PIL pictures) rows: for each a list of --num-images.
+
+    Every row's noise is from --seed, as if it were drawn alone, or from its own of `seeds`.
+    """
     import torch
 
     drawn, n = [], args.num_images
     for start in range(0, len(rows), BATCH):
         prompts, images = zip(*rows[start : start + BATCH], strict=True)
-        seeded = [torch.Generator(model.queries.device).manual_seed(args.seed) for _ in prompts]
+        own = (seeds or [args.seed] * len(rows))[start : start + BATCH]
+        seeded = [torch.Generator(model.queries.device).manual_seed(seed) for seed in own]
         pictures = model.generate(
             prompts,
             images,

@@ -8,6 +8,7 @@ import os
 import re
 import time
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
 from tqdm import tqdm
@@ -15,6 +16,8 @@ from tqdm import tqdm
 from data.pictures import grid, open_picture
 from data.shapes import PICTURE_KINDS, SIX_KINDS, TEXT_KINDS, sample, scores, unseen_question
 from metaquery import InputError
+
+AT_ONCE = 24  # pictures of others' benchmarks drawn together
 
 
 def shapes(model, draw, args):
@@ -174,8 +177,24 @@ OFFICIAL = {f.__name__: f for f in (geneval, dpg, wise, commonsense, mjhq, coco,
                                     dreambench)}  # fmt: skip
 
 
+def keep(item, pictures, out):
+    """Write an item's notes, pictures and sheet under `out`, each picture whole or not at all."""
+    for name, text in item.notes.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text(text)
+    sheets = [(item.sheet, grid(pictures, 2, gap=0))] if item.sheet else []
+    for name, picture in (*zip(item.files, pictures, strict=True), *sheets):
+        path = out / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path.with_name(f".{path.name}"), "PNG")
+        path.with_name(f".{path.name}").rename(path)
+
+
 def official(model, draw, args):
-    """Draw this process's share of a benchmark's prompts, all that are not there yet."""
+    """Draw this process's share of a benchmark's prompts, all that are not there yet.
+
+    Each prompt's noise is seeded by --seed and its place in the benchmark, however it is shared.
+    """
     read, out = OFFICIAL[args.benchmark], Path(args.out)
     wanted = (
         f"{args.benchmark} wants {' '.join(read.__doc__.splitlines()[0].split(';')[0].split())}"
@@ -186,26 +205,27 @@ def official(model, draw, args):
         raise InputError(f"cannot read --data {args.data} ({error}): {wanted}") from None
     if not items:
         raise InputError(f"--data {args.data} holds no prompts: {wanted}")
-    mine = items[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]
-    todo = [item for item in mine if not all((out / name).exists() for name in item.written())]
-    errors = []
-    for item in tqdm(todo, args.benchmark):
-        args.num_images, args.negative_prompt = len(item.files), item.negative
-        try:
-            images = [open_picture(path) for path in item.images]
-        except ValueError as error:
-            errors.append(str(error))
-            continue
-        pictures = draw(model, [(item.prompt, images)], args)[0]
-        for name, text in item.notes.items():
-            (out / name).parent.mkdir(parents=True, exist_ok=True)
-            (out / name).write_text(text)
-        sheets = [(item.sheet, grid(pictures, 2, gap=0))] if item.sheet else []
-        for name, picture in (*zip(item.files, pictures, strict=True), *sheets):
-            path = out / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(path.with_name(f".{path.name}"), "PNG")
-            path.with_name(f".{path.name}").rename(path)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    mine = list(enumerate(items))[rank::world]
+    todo = [row for row in mine if not all((out / name).exists() for name in row[1].written())]
+    errors, bar = [], tqdm(total=len(todo), desc=args.benchmark)
+    for alike, group in groupby(todo, lambda row: (len(row[1].files), row[1].negative)):
+        (args.num_images, args.negative_prompt), group = alike, list(group)
+        size = max(1, AT_ONCE // args.num_images)
+        for start in range(0, len(group), size):
+            rows, seeds, taken = [], [], []
+            for place, item in group[start : start + size]:
+                try:
+                    rows.append((item.prompt, [open_picture(path) for path in item.images]))
+                except ValueError as error:
+                    errors.append(str(error))
+                    continue
+                seeds.append(args.seed + place)
+                taken.append(item)
+            for item, pictures in zip(taken, draw(model, rows, args, seeds), strict=True):
+                keep(item, pictures, out)
+            bar.update(min(size, len(group) - start))
+    bar.close()
     print(f"saved {len(todo) - len(errors)} prompts in {out}; {len(mine) - len(todo)} were there")
     if errors:
         raise InputError(" ".join(errors))

@@ -4,6 +4,8 @@ import json
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:  # several at a time: a thread each
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import diffusers
 import pytest

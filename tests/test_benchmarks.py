@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from PIL import Image
 from test_sample import check_refused, cli
@@ -120,6 +121,13 @@ def test_every_prompt_is_drawn_where_its_scorer_looks(build, tmp_path, monkeypat
         official(model, draw, args)
     redrawn = 0 if expected[-1].endswith("metadata.jsonl") else 1
     assert len(asked) - number == redrawn, "pictures that exist are kept"
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    official(model, draw, options(name, tmp_path / "data", tmp_path / "alone"))
+    for path in (tmp_path / "alone").rglob("*.png"):
+        shared = Image.open(tmp_path / "out" / path.relative_to(tmp_path / "alone"))
+        off = np.asarray(shared, int) - np.asarray(Image.open(path), int)
+        assert abs(off).max() <= 2, "one process draws what two do"
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
