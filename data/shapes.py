@@ -570,7 +570,7 @@ def _sample_plain(rng, kind, held_out):
 
 def _sample_dense(rng, kind, held_out):
     """A whole scene told at length, every colour, place and the background (as DPG-Bench)."""
-    scene = random_scene(rng)
+    scene = random_scene(rng, patterns=0.3)
     plain = words = describe(scene)
     if " on a " in words and rng.random() < 0.3:
         words, ground = words.rsplit(" on ", 1)

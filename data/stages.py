@@ -6,15 +6,16 @@ A stage only chooses these; train.py's loop and metaquery.py's loss are the same
 from data.shapes import CAPTION_KINDS
 from metaquery import black
 
-# What a stage draws of the embedded world, with weights; the last stage goes over all.
-SEEING = {"edit": 12, "one subject": 7, "two subjects": 5, "three subjects": 1, "association": 5}
+# What a stage draws of the embedded world, with weights; the last stage goes on with all.
+SEEING = {"edit": 14, "one subject": 8, "two subjects": 7, "three subjects": 1, "association": 5}
 STAGES = {
     "pretrain": CAPTION_KINDS,
     "reconstruct": {"reconstruction": 1},
     "mix": CAPTION_KINDS | {"reconstruction": sum(CAPTION_KINDS.values())},
     "edit": {"edit": 1},
-    "instruct": CAPTION_KINDS | SEEING | {"reconstruction": 6},
-}
+    "instruct": {"reconstruction": 12, "single object": 8, "colors": 3, "two objects": 4,
+                 "counting": 4, "position": 4, "attribution": 2, "dense": 6} | SEEING,
+}  # fmt: skip
 # The recipes at the tiny size and at the paper's (§4, §5.2, §5.3): 25M pictures go eight times
 # into 48,828 steps of 4,096, and 2.4M instructions three times into 3,516 of 2,048.
 CC12M = {"data": "pixparse/cc12m-wds", "streaming": True, "steps": 48828, "batch_size": 4096}
