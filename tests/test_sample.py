@@ -49,7 +49,7 @@ def test_readme_commands(tmp_path):
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.S))
     commands = [line for line in blocks.splitlines() if "python sample.py" in line]
     assert any("pip install -r requirements.txt && python sample.py" in line for line in commands)
-    assert "pip install -r requirements.txt pytest && python -m pytest" in blocks
+    assert "pip install -r requirements.txt pytest pytest-xdist && python -m pytest -n 2" in blocks
     assert any(
         "python train.py --size tiny --stage pretrain" in line for line in blocks.splitlines()
     )
