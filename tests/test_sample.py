@@ -111,8 +111,8 @@ MISSED = pytest.mark.xfail(reason="the shipped weights want more steps of the la
 @pytest.mark.parametrize(
     "kind, share",
     [
-        ("reconstruction", 0.3),
-        ("association", 0.25),
+        ("reconstruction", 0.5),
+        ("association", 0.4),
         pytest.param("edit", 0.8, marks=MISSED),
         pytest.param("one subject", 0.8, marks=MISSED),
         pytest.param("two subjects", 0.65, marks=MISSED),
