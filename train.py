@@ -266,7 +266,8 @@ def train(config, model_config):
                 rows = order[part : part + micro]
                 batch = [x[rows] for x in (targets, noise, sigma)]
                 if device.type == "cuda":  # from pinned memory the copies need not be waited for
-                    batch = [x.pin_memory().to(device, non_blocking=True) for x in batch]
+                    batch = [x.pin_memory() for x in batch]
+                batch = [x.to(device, non_blocking=device.type == "cuda") for x in batch]
                 if files:
                     batch[0] = model.encode_latents(batch[0]).contiguous()
                     cache_latents(batch[0], [files[row] for row in rows])

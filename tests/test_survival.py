@@ -1,6 +1,5 @@
 """Training that survives: signals, kills, damaged checkpoints, full disks, numbers gone wrong."""
 
-import importlib
 import json
 import multiprocessing
 import os
@@ -30,9 +29,9 @@ def start(made, **options):
                             stderr=subprocess.PIPE, text=True, **options)  # fmt: skip
 
 
-def wait_for(out, steps, process):
-    """Until the log holds so many steps, or the process has ended."""
-    while process.poll() is None:
+def wait_for(out, steps, running):
+    """Until the log holds so many steps, or the process is not `running()` any more."""
+    while running():
         if (out / "log.jsonl").exists() and len(losses(out)) >= steps:
             return
         time.sleep(0.02)
@@ -61,7 +60,7 @@ def whole(parts, tmp_path_factory):  # noqa: F811
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_and_ends_well(parts, whole, tmp_path, number):  # noqa: F811
     process = start(command(parts, tmp_path))
-    wait_for(tmp_path, 7, process)
+    wait_for(tmp_path, 7, lambda: process.poll() is None)
     process.send_signal(number)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
@@ -80,7 +79,9 @@ def train_quietly(made):
     os.chdir(ROOT)
     sys.argv = made[1:]
     sys.path.insert(0, str(ROOT))
-    importlib.import_module("train").main()
+    import train
+
+    train.main()
 
 
 def test_kills_at_any_time_lose_nothing(parts, whole, tmp_path):  # noqa: F811
@@ -97,14 +98,10 @@ def test_kills_at_any_time_lose_nothing(parts, whole, tmp_path):  # noqa: F811
         process = forks.Process(target=train_quietly, args=(made,))
         process.start()
         there = len(losses(out)) if (out / "log.jsonl").exists() else 0
-        until = time.time() + 60
-        wanted = there + rng.randint(1, 5)
-        while process.is_alive() and time.time() < until:
-            if killed < kills and (out / "log.jsonl").exists() and len(losses(out)) >= wanted:
-                time.sleep(rng.random() * 0.2)
-                process.kill()
-                break
-            time.sleep(0.01)
+        if killed < kills:
+            wait_for(out, there + rng.randint(1, 5), process.is_alive)
+            time.sleep(rng.random() * 0.2)
+            process.kill()
         process.join(60)
         if process.exitcode == 0:  # it had come to its end: the soak goes on with a new run
             same_end(out, whole)
@@ -258,7 +255,7 @@ def test_torchrun_starts_a_dead_rank_again(parts, tmp_path):  # noqa: F811
 def test_two_processes_go_on_where_one_was(parts, whole, tmp_path):  # noqa: F811
     """World size may change between the runs of one job; ZeRO's optimizer goes on as well."""
     process = start(command(parts, tmp_path))
-    wait_for(tmp_path, 6, process)
+    wait_for(tmp_path, 6, lambda: process.poll() is None)
     process.terminate()
     process.communicate()
     done = run([*launcher(2), *command(parts, tmp_path, "--zero", "true")[1:]])
