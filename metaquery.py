@@ -10,8 +10,10 @@ then the model: queries, frozen forward, loss, sampling. Sizes differ by a prese
 import json
 import os
 import warnings
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -160,7 +162,7 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
         self.mllm, self.processor, self.diffusion, *rest = load_parts(config, dtype)
         self.vae, self.scheduler = rest
         self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
-        self.tokenizer.padding_side = "left"
+        self.prepare = partial(prepare, self.processor, self.mllm.config)
         self.sees = hasattr(self.mllm.config, "vision_config")
         self.is_flow = "flow" in str(self.scheduler.config.get("prediction_type"))
         z, width = self.vae.config, condition_width(self.diffusion)
@@ -174,44 +176,16 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
         self.mllm.requires_grad_(config.train_mllm)
         self.diffusion.requires_grad_(config.train_diffusion)
 
-    def prepare(self, prompts, images=None, system=SYSTEM_PROMPT):
-        """Prompts and pictures as the MLLM's inputs, padded on the left, on the model's device.
-
-        images: per prompt a list of PIL pictures of any mode, or None. A prompt of over 256 tokens
-        is cut, with a warning. With a `system` prompt, pictures are cut as conditions are (§3.1);
-        without one they go as they are. Raises InputError where a text-only MLLM is given
-        pictures, or one prompt more than 6.
-        """
-        images = [[rgb(p) for p in row or []] for row in images or [None] * len(prompts)]
-        if any(images) and not self.sees:
-            sees = "LLaVA-OneVision or Qwen2.5-VL"
-            raise InputError(f"{self.config.mllm} reads text only: --mllm {sees} sees pictures.")
-        if (most := max(map(len, images))) > MAX_PICTURES:
-            raise InputError(f"{most} pictures for one prompt: give at most {MAX_PICTURES}.")
-        texts = []
-        for prompt, row in zip(prompts, images, strict=True):
-            messages = conversation(clean(self.tokenizer, prompt), len(row), system, self.sees)
-            options = {"tokenize": False, "add_generation_prompt": True}
-            texts.append(self.processor.apply_chat_template(messages, **options))
-        options = {"padding": True, "return_tensors": "pt"}
-        if not any(images):
-            return self.tokenizer(texts, **options).to(self.queries.device)
-        if system and self.mllm.config.model_type == "llava_onevision":
-            square = (self.mllm.config.vision_config.image_size,) * 2
-            images = [[ImageOps.fit(p, square) for p in row] for row in images]
-        elif system:
-            options["size"] = {"shortest_edge": 256 * 28 * 28, "longest_edge": 1280 * 28 * 28}
-        return self.processor(text=texts, images=images, **options).to(self.queries.device)
-
     def condition(self, prompts, images=None):
         """Conditions for the diffusion model (§3.1): (B, L, c), and its mask (B, L) or None.
 
-        L is N for queries (mask None) and the prompt's length for "last_layer". The prompt is run
-        once without gradient for its keys and values; only the queries are run with gradient,
-        against them. Under a causal mask no prompt token sees a query, so this is exact, and the
-        backward pass costs N tokens however long the prompt is.
+        `prompts` may be what `prepare` made of them. L is N for queries (mask None), the prompt's
+        length for "last_layer". The prompt is run once without gradient for its keys and values;
+        only the queries are run with gradient, against them. Under a causal mask no prompt token
+        sees a query: this is exact, and the backward pass costs N tokens for prompts of any length.
         """
-        inputs = self.prepare(prompts, images)
+        inputs = prompts if isinstance(prompts, Mapping) else self.prepare(prompts, images)
+        inputs = {n: x.to(self.queries.device, non_blocking=True) for n, x in inputs.items()}
         mask, backbone = inputs.pop("attention_mask"), self.mllm.base_model
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         if "image_grid_thw" in inputs:  # Qwen2.5-VL counts along time, height and width (3, B, L)
@@ -222,7 +196,7 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
         trained = self.connector.norm.weight.dtype
         if self.config.condition == "last_layer":
             return self.connector(prompt.last_hidden_state.to(trained), mask), mask
-        queries = self.queries.to(self.mllm.dtype).expand(len(prompts), -1, -1)
+        queries = self.queries.to(self.mllm.dtype).expand(len(mask), -1, -1)
         after = 1 + torch.arange(len(self.queries), device=mask.device)
         hidden = backbone(
             inputs_embeds=queries, past_key_values=prompt.past_key_values, use_cache=True,
@@ -302,10 +276,8 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
         scheduler = diffusers.DPMSolverMultistepScheduler.from_config(self.scheduler.config)
         scheduler.set_timesteps(num_inference_steps, device=self.queries.device)
         side, channels = self.diffusion.config.sample_size, self.diffusion.config.in_channels
-        number = len(prompts) * num_images_per_prompt
-        x = randn_tensor(
-            (number, channels, side, side), generator, self.queries.device, torch.float32
-        )
+        shape = (len(prompts) * num_images_per_prompt, channels, side, side)
+        x = randn_tensor(shape, generator, self.queries.device, torch.float32)
         x = x * scheduler.init_noise_sigma
         for timestep in scheduler.timesteps:
             noisy = scheduler.scale_model_input(x, timestep).repeat(len(weights), 1, 1, 1)
@@ -322,7 +294,7 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
         Greedy, by transformers' `generate`; `streamer` is one of its streamers. The queries take
         no part in it, so it is the untouched MLLM's, token for token (§3.1).
         """
-        inputs = self.prepare([prompt], [images], system)
+        inputs = self.prepare([prompt], [images], system).to(self.queries.device)
         options = {"max_new_tokens": max_new_tokens, "do_sample": False, "streamer": streamer}
         made = self.mllm.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
         return self.tokenizer.batch_decode(made, skip_special_tokens=True)[0].strip()
@@ -387,6 +359,34 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
         if wrong:
             raise InputError(f"{len(wrong)} weights of {source} do not fit the config: {wrong[0]}.")
         self.load_state_dict(state, strict=False)
+
+
+def prepare(processor, mllm_config, prompts, images=None, system=SYSTEM_PROMPT):
+    """Prompts and pictures as the MLLM's inputs, padded on the left; needs no weights.
+
+    images: per prompt a list of PIL pictures of any mode, or None. A prompt of over 256 tokens is
+    cut, with a warning; with a `system` prompt, pictures are cut as conditions are (§3.1). Raises
+    InputError where a text-only MLLM is given pictures, or one prompt more than 6.
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+    sees = hasattr(mllm_config, "vision_config")
+    images = [[rgb(p) for p in row or []] for row in images or [None] * len(prompts)]
+    if any(images) and not sees:
+        raise InputError("this MLLM reads text only: LLaVA-OneVision or Qwen2.5-VL sees pictures.")
+    if (most := max(map(len, images))) > MAX_PICTURES:
+        raise InputError(f"{most} pictures for one prompt: give at most {MAX_PICTURES}.")
+    rows = zip(prompts, map(len, images), strict=True)
+    chats = [conversation(clean(tokenizer, prompt), n, system, sees) for prompt, n in rows]
+    texts = processor.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+    options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+    if not any(images):
+        return tokenizer(texts, **options)
+    if system and mllm_config.model_type == "llava_onevision":
+        square = (mllm_config.vision_config.image_size,) * 2
+        images = [[ImageOps.fit(p, square) for p in row] for row in images]
+    elif system:
+        options["size"] = {"shortest_edge": 256 * 28 * 28, "longest_edge": 1280 * 28 * 28}
+    return processor(text=texts, images=images, **options)
 
 
 def conversation(prompt, pictures=0, system=SYSTEM_PROMPT, as_parts=False):

@@ -17,6 +17,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +33,8 @@ from transformers import HfArgumentParser, get_cosine_with_min_lr_schedule_with_
 from data.log import Log
 from data.pictures import grid
 from data.shapes import sample
-from data.sources import cache_folder, cache_latents, open_batches, resolution_of
-from data.stages import STAGES, dropped, recipe
+from data.sources import cache_folder, cache_latents, micro_batches, open_batches, resolution_of
+from data.stages import STAGES, recipe
 from metaquery import InputError, MetaQuery, MetaQueryConfig
 from sample import stop
 
@@ -84,16 +85,6 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 flag = name.replace("_", "-")
                 raise InputError(f"--{flag} is {getattr(self, name)}: it must be at least 1.")
-
-
-def noise_of(indices, shape, seed):
-    """ε (B, C, h, w), σ (B,) in (0, 1] and chance (B,) in [0, 1): of the index, not of batching."""
-    rows = []
-    for index in indices:
-        generator = torch.Generator().manual_seed(hash((seed, int(index))) % (1 << 62))
-        sigma, chance = (torch.rand((), generator=generator) for _ in range(2))
-        rows.append((torch.randn(shape, generator=generator), 1 - sigma, chance))
-    return [torch.stack(part) for part in zip(*rows, strict=True)]
 
 
 def digest(path):
@@ -241,7 +232,9 @@ def train(config, model_config):
     resolution, cache = resolution_of(model), None
     if config.cache_latents:
         cache = cache_folder(config.cache_latents, model, resolution)
-    loader = open_batches(config, kinds, resolution, first, rank, world, cache)
+    ready = partial(micro_batches, config=config, prepare=model.prepare, latent=latent,
+                    resolution=resolution, cache=cache)  # fmt: skip
+    loader = open_batches(config, kinds, ready, first, rank, world)
     # On a CPU the backward pass of the fused bf16 attention is slower than the plain one's.
     attention = [SDPBackend.MATH] if device.type == "cpu" else list(SDPBackend.__members__.values())
     stopping = []
@@ -251,33 +244,22 @@ def train(config, model_config):
     with log.bar:
         while not ended and step < config.steps:
             asked = time.time()
-            prompts, images, targets, broken, files = next(loader)
+            batch, broken = next(loader)
             log.waited, log.broken = log.waited + time.time() - asked, log.broken + broken
-            start = step * config.batch_size + rank * share
-            noise, sigma, chance = noise_of(range(start, start + share), latent, config.seed)
-            rows = zip(prompts, images, chance.tolist(), strict=True)
-            prompts, images = zip(*(dropped(config.stage, *row) for row in rows), strict=True)
-            if not model.is_flow:
-                sigma = (sigma * model.scheduler.config.num_train_timesteps).ceil() - 1
-            # Prompts of like length go together, so that little of a micro-batch is padding.
-            order = sorted(range(share), key=lambda row: (len(images[row]), len(prompts[row])))
             numbers = torch.zeros(3, device=device)  # loss, ranks told to stop, gradient norm
-            for part in range(0, share, micro):
-                rows = order[part : part + micro]
-                batch = [x[rows] for x in (targets, noise, sigma)]
-                if device.type == "cuda":  # from pinned memory the copies need not be waited for
-                    batch = [x.pin_memory() for x in batch]
-                batch = [x.to(device, non_blocking=device.type == "cuda") for x in batch]
+            for number, (inputs, *tensors, files) in enumerate(batch, 1):
+                # From pinned memory the copies need not be waited for.
+                targets, noise, sigma = (x.to(device, non_blocking=True) for x in tensors)
                 if files:
-                    batch[0] = model.encode_latents(batch[0]).contiguous()
-                    cache_latents(batch[0], [files[row] for row in rows])
-                words, pictures = ([x[row] for row in rows] for x in (prompts, images))
-                last = part + micro == share
-                with nullcontext() if last or world == 1 else wrapped.no_sync():
+                    targets = model.encode_latents(targets).contiguous()
+                    cache_latents(targets, files)
+                if not model.is_flow:
+                    sigma = (sigma * model.scheduler.config.num_train_timesteps).ceil() - 1
+                with nullcontext() if number == len(batch) or world == 1 else wrapped.no_sync():
                     with sdpa_kernel(attention), torch.autocast(device.type, torch.bfloat16):
-                        loss = wrapped(words, batch[0], pictures, *batch[1:])
-                    (loss * micro / share).backward()
-                numbers[0] += loss.detach() * micro / share / world
+                        loss = wrapped(inputs, targets, noise=noise, sigma=sigma)
+                    (loss / len(batch)).backward()
+                numbers[0] += loss.detach() / len(batch) / world
             numbers[1] = len(stopping)
             if world > 1:
                 dist.all_reduce(numbers)

@@ -849,6 +849,22 @@ def question(rng, scene):
     return rng.choice(asked)
 
 
+def account(rng, scene):
+    """What a scene holds, object by object in any order, each found by shape, colour or place."""
+    told = []
+    for item in rng.sample(scene.objects, len(scene.objects)):
+        where, ways = _WHERE[place_of(item)], []
+        core = f" with {_a(item.inner)} core" if item.pattern == "core" else ""
+        half = f"half {item.color} half {item.inner}" if item.pattern == "halves" else item.color
+        if sum(o.shape == item.shape for o in scene.objects) == 1:
+            ways += [f"the {item.shape} is {half}{core} {where}",
+                     f"the {item.shape} {where} is {half}{core}"] * 2  # fmt: skip
+        if sum(item.color in (o.color, o.inner) for o in scene.objects) == 1:
+            ways.append(f"the {half} object is {_a(item.shape)}{core} {where}")
+        told.append(rng.choice(ways or [f"{where} is {_a(_name(item))}"]))
+    return ", ".join(told)
+
+
 def unseen_question(index, seed=0):
     """The index-th question of the benchmark, about a picture that training never showed."""
     rng = random.Random(f"test {seed} question {index}")
@@ -968,11 +984,14 @@ def talks(rng):
     if part < 0.8:
         # Mostly a picture to each question: asked of one picture, it could copy earlier answers.
         turns, pictures = rng.choice(((1, 1), (5, 5), (5, 5), (8, 1)))
-        made, scene = [], None
+        made, scene, accounts = [], None, rng.choice((0, 0.6, 1))
         for turn in range(turns):
             if turn < pictures:
                 scene = random_scene(rng, patterns=0.15)
-            made.append(Talk(*question(rng, scene), (scene,) * (turn < pictures)))
+            asked = question(rng, scene)
+            if rng.random() < accounts:
+                asked = "tell me of each object", account(rng, scene)
+            made.append(Talk(*asked, (scene,) * (turn < pictures)))
         return made
     if rng.random() < 0.15:
         return [Talk(*fact(rng)) for _ in range(8)]

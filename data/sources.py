@@ -10,7 +10,7 @@ import io
 import json
 import os
 import random
-from functools import partial
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from data.pictures import rgb
 from data.shapes import sample
+from data.stages import dropped
 from metaquery import MAX_PICTURES, InputError
 
 # Known names of each column; train.py's flags name others.
@@ -43,10 +44,10 @@ class Shapes(Dataset):
         self.seed = seed
 
     def __getitem__(self, index):
-        """(prompt, source pictures, target picture, 0)."""
+        """(prompt, source pictures, target picture, 0, index)."""
         kind = random.Random(f"{self.seed} {index}").choices(self.kinds, self.weights)[0]
         made = sample(kind, index, self.seed)
-        return made.prompt, made.images, made.picture, 0
+        return made.prompt, made.images, made.picture, 0, index
 
 
 def open_dataset(name, streaming):
@@ -122,7 +123,7 @@ class Examples(Dataset):
         self.rows, self.stage, self.seed, self.order = rows, stage, seed, (None, None)
 
     def __getitem__(self, index):
-        """(prompt, source pictures, target picture, rows stepped over)."""
+        """(prompt, source pictures, target picture, rows stepped over, index)."""
         epoch, place = divmod(index, len(self.rows))
         if self.order[0] != epoch:
             shuffled = np.random.default_rng((self.seed, epoch)).permutation(len(self.rows))
@@ -131,7 +132,7 @@ class Examples(Dataset):
         for skipped in range(MOST_BROKEN):
             row = self.rows[int(self.order[1][(place + skipped * 7919) % len(self.rows)])]
             try:
-                return *read_row(row, self.stage, coin), skipped
+                return *read_row(row, self.stage, coin), skipped, index
             except Exception:
                 continue
         raise too_many_broken()
@@ -155,7 +156,7 @@ class Stream(IterableDataset):
         info = get_worker_info()
         workers, worker = (info.num_workers, info.id) if info else (1, 0)
         # The loader asks worker 0 first, whichever was next when the run was left.
-        worker = (worker + self.batches) % workers
+        first, worker = worker, (worker + self.batches) % workers
         over = (self.batches - worker + workers - 1) // workers * self.share
         number, epoch, skipped = 0, 0, 0
         while True:
@@ -174,18 +175,31 @@ class Stream(IterableDataset):
                     continue
                 number += 1
                 if number > over:
-                    yield *made, skipped
+                    batch, place_in = divmod(number - over - 1, self.share)
+                    batch = self.batches + first + batch * workers
+                    index = (batch * self.world + self.rank) * self.share + place_in
+                    yield *made, skipped, index
                 skipped = 0
             epoch += 1
 
 
-def collate(rows, resolution, cache=None):
-    """Rows as a batch: prompts, pictures, targets (B, 3, R, R) in [-1, 1], rows stepped over.
+def noise_of(indices, shape, seed):
+    """ε (B, C, h, w), σ (B,) in (0, 1] and chance (B,) in [0, 1): of the index, not of batching."""
+    rows = []
+    for index in indices:
+        generator = torch.Generator().manual_seed(hash((seed, int(index))) % (1 << 62))
+        sigma, chance = (torch.rand((), generator=generator) for _ in range(2))
+        rows.append((torch.randn(shape, generator=generator), 1 - sigma, chance))
+    return [torch.stack(part) for part in zip(*rows, strict=True)]
 
-    Where `cache` holds the latents of every target, these stand for the targets; and last come the
-    files that the latents belong in, or None where there is nothing to write.
+
+def collate(rows, resolution, cache=None):
+    """Rows as (prompts, pictures, targets (B, 3, R, R) in [-1, 1], files, stepped over, indices).
+
+    Where `cache` holds the latents of every target, these stand for the targets; `files` are those
+    that the latents belong in, or None where there is nothing to write.
     """
-    prompts, images, targets, skipped = zip(*rows, strict=True)
+    prompts, images, targets, skipped, indices = zip(*rows, strict=True)
     size = (resolution, resolution)
     arrays = [np.asarray(ImageOps.fit(rgb(picture), size)) for picture in targets]
     files = None
@@ -194,9 +208,36 @@ def collate(rows, resolution, cache=None):
         files = [Path(cache) / name[:2] / f"{name}.npy" for name in names]
         if all(file.exists() for file in files):
             latents = torch.from_numpy(np.stack([np.load(file) for file in files]))
-            return prompts, images, latents, sum(skipped), None
+            return prompts, images, latents, None, sum(skipped), indices
     pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
-    return prompts, images, pixels, sum(skipped), files
+    return prompts, images, pixels, files, sum(skipped), indices
+
+
+def micro_batches(rows, config, prepare, latent, resolution, cache=None):
+    """Rows as (micro-batches, rows stepped over), all made in the loader's workers.
+
+    A micro-batch: the MLLM's inputs, targets or their latents, ε of the shape `latent`, σ, files of
+    latents to cache. Conditions are dropped as the stage says (DESIGN §3), and prompts of like
+    length go together, so that little is padding.
+    """
+    prompts, images, targets, files, skipped, indices = collate(rows, resolution, cache)
+    noise, sigma, chance = noise_of(indices, latent, config.seed)
+    rows = zip(prompts, images, chance.tolist(), strict=True)
+    prompts, images = zip(*(dropped(config.stage, *row) for row in rows), strict=True)
+    order = sorted(range(len(prompts)), key=lambda row: (len(images[row]), len(prompts[row])))
+    size, made = config.micro_batch_size or len(order), []
+    for start in range(0, len(order), size):
+        some = order[start : start + size]
+        inputs = prepare([prompts[row] for row in some], [images[row] for row in some])
+        tensors = (part[some] for part in (targets, noise, sigma))
+        made.append((dict(inputs), *tensors, files and [files[row] for row in some]))
+    return made, skipped
+
+
+def ignore_signals(worker):
+    """A loader's worker goes on when its run is told to stop: the run still finishes its step."""
+    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(name, signal.SIG_IGN)
 
 
 def cache_folder(folder, model, resolution):
@@ -224,11 +265,12 @@ def resolution_of(model):
     return model.diffusion.config.sample_size * 2 ** (len(levels) - 1)
 
 
-def open_batches(config, kinds, resolution, first, rank, world, cache=None):
-    """An iterator over this rank's share of each step's batch from step `first` on (`collate`).
+def open_batches(config, kinds, finish, first, rank, world):
+    """An iterator over this rank's share of each step's batch from step `first` on.
 
-    config.data is "shapes", whose `kinds` and their weights the stage names, or one or more
-    datasets, "NAME,NAME=WEIGHT,...". Raises InputError where one cannot be read.
+    `finish` makes a batch of its rows, in the loader's workers. config.data is "shapes", whose
+    `kinds` and their weights the stage names, or one or more datasets, "NAME,NAME=WEIGHT,...".
+    Raises InputError where one cannot be read.
     """
     share = config.batch_size // world
     sampler = (
@@ -256,6 +298,13 @@ def open_batches(config, kinds, resolution, first, rank, world, cache=None):
             sampler = None
         else:
             data = Examples(mixed, config.stage, config.seed)
-    collated = partial(collate, resolution=resolution, cache=cache)
-    workers = config.workers
-    return iter(DataLoader(data, share, sampler=sampler, collate_fn=collated, num_workers=workers))
+    loader = DataLoader(
+        data,
+        share,
+        sampler=sampler,
+        collate_fn=finish,
+        num_workers=config.workers,
+        pin_memory=config.device.startswith("cuda"),
+        worker_init_fn=ignore_signals,
+    )
+    return iter(loader)

@@ -18,7 +18,8 @@ STAGES = {
 }  # fmt: skip
 # The recipes at the tiny size and at the paper's (§4, §5.2, §5.3): 25M pictures go eight times
 # into 48,828 steps of 4,096, and 2.4M instructions three times into 3,516 of 2,048.
-CC12M = {"data": "pixparse/cc12m-wds", "streaming": True, "steps": 48828, "batch_size": 4096}
+CC12M = {"data": "pixparse/cc12m-wds", "streaming": True, "steps": 48828, "batch_size": 4096,
+         "workers": 8}  # fmt: skip
 PAPER = {
     "edit": CC12M | {"data": "TIGER-Lab/OmniEdit-Filtered-1.2M", "steps": 1000, "warmup": 100},
     "instruct": CC12M | {"data": "xcpan/MetaQuery_Instruct_2.4M_512res", "steps": 3516,

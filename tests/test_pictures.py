@@ -25,8 +25,8 @@ from data.shapes import (
     unseen_question,
 )
 from data.sources import Shapes, collate
+from data.stages import STAGES, dropped
 from metaquery import InputError, black, conversation
-from train import STAGES, dropped
 
 BACKBONES = ["llava", "qwen-vl"]
 PROMPTS = ["a red star left of a blue circle", "a star", "", "a blue circle"]

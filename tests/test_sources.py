@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import tarfile
+from functools import partial
 from types import SimpleNamespace
 
 import datasets
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 from test_train import losses, run, sys
 
-from data.sources import open_batches
+from data.sources import collate, open_batches
 from metaquery import InputError
 
 
@@ -84,7 +85,8 @@ def batches(data, number, first=0, rank=0, world=1, **changes):
         device="cpu",
     )  # fmt: skip
     vars(config).update(changes)
-    return list(itertools.islice(open_batches(config, {}, 8, first, rank, world), number))
+    made = open_batches(config, {}, partial(collate, resolution=8), first, rank, world)
+    return list(itertools.islice(made, number))
 
 
 def numbers(made):
@@ -155,7 +157,7 @@ def test_datasets_are_mixed_by_weight(tmp_path, streaming):
 def test_broken_rows_are_stepped_over_and_counted(tmp_path, streaming):
     folder = make(tmp_path / "data", "parquet", 12, broken=(3, 8))
     made = batches(folder, 5, streaming=streaming)
-    assert not {3, 8} & set(numbers(made)) and sum(batch[3] for batch in made) >= 2
+    assert not {3, 8} & set(numbers(made)) and sum(batch[4] for batch in made) >= 2
     with pytest.raises(InputError, match="in a row"):
         batches(make(tmp_path / "bad", "parquet", 4, range(4)), 1, streaming=streaming)
 
