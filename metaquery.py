@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
-from data.pictures import rgb
+from data.pictures import black, rgb
 
 SYSTEM_PROMPT = (
     "You will be given an image or its caption. "
@@ -185,7 +185,7 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
         sees a query: this is exact, and the backward pass costs N tokens for prompts of any length.
         """
         inputs = prompts if isinstance(prompts, Mapping) else self.prepare(prompts, images)
-        inputs = {n: x.to(self.queries.device, non_blocking=True) for n, x in inputs.items()}
+        inputs = to_device(inputs, self.queries.device)
         mask, backbone = inputs.pop("attention_mask"), self.mllm.base_model
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         if "image_grid_thw" in inputs:  # Qwen2.5-VL counts along time, height and width (3, B, L)
@@ -294,7 +294,7 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
         Greedy, by transformers' `generate`; `streamer` is one of its streamers. The queries take
         no part in it, so it is the untouched MLLM's, token for token (§3.1).
         """
-        inputs = self.prepare([prompt], [images], system).to(self.queries.device)
+        inputs = to_device(self.prepare([prompt], [images], system), self.queries.device)
         options = {"max_new_tokens": max_new_tokens, "do_sample": False, "streamer": streamer}
         made = self.mllm.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
         return self.tokenizer.batch_decode(made, skip_special_tokens=True)[0].strip()
@@ -361,15 +361,14 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
         self.load_state_dict(state, strict=False)
 
 
-def prepare(processor, mllm_config, prompts, images=None, system=SYSTEM_PROMPT):
+def prepare(processor, config, prompts, images=None, system=SYSTEM_PROMPT):
     """Prompts and pictures as the MLLM's inputs, padded on the left; needs no weights.
 
     images: per prompt a list of PIL pictures of any mode, or None. A prompt of over 256 tokens is
     cut, with a warning; with a `system` prompt, pictures are cut as conditions are (§3.1). Raises
     InputError where a text-only MLLM is given pictures, or one prompt more than 6.
     """
-    tokenizer = getattr(processor, "tokenizer", processor)
-    sees = hasattr(mllm_config, "vision_config")
+    tokenizer, sees = getattr(processor, "tokenizer", processor), hasattr(config, "vision_config")
     images = [[rgb(p) for p in row or []] for row in images or [None] * len(prompts)]
     if any(images) and not sees:
         raise InputError("this MLLM reads text only: LLaVA-OneVision or Qwen2.5-VL sees pictures.")
@@ -381,8 +380,8 @@ def prepare(processor, mllm_config, prompts, images=None, system=SYSTEM_PROMPT):
     options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
     if not any(images):
         return tokenizer(texts, **options)
-    if system and mllm_config.model_type == "llava_onevision":
-        square = (mllm_config.vision_config.image_size,) * 2
+    if system and config.model_type == "llava_onevision":
+        square = (config.vision_config.image_size,) * 2
         images = [[ImageOps.fit(p, square) for p in row] for row in images]
     elif system:
         options["size"] = {"shortest_edge": 256 * 28 * 28, "longest_edge": 1280 * 28 * 28}
@@ -408,9 +407,10 @@ def clean(tokenizer, prompt):
     return tokenizer.decode(ids[:MAX_PROMPT_TOKENS])
 
 
-def black(images):
-    """Black pictures of the same sizes: the dropped picture condition (§5.2)."""
-    return [[Image.new("RGB", picture.size) for picture in row] for row in images]
+def to_device(inputs, device):
+    """Inputs on a device, but for those that LLaVA-OneVision reads one by one on the host."""
+    host = ("image_sizes", "batch_num_images")
+    return {n: x if n in host else x.to(device, non_blocking=True) for n, x in inputs.items()}
 
 
 def condition_width(diffusion):

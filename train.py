@@ -235,8 +235,10 @@ def train(config, model_config):
     ready = partial(micro_batches, config=config, prepare=model.prepare, latent=latent,
                     resolution=resolution, cache=cache)  # fmt: skip
     loader = open_batches(config, kinds, ready, first, rank, world)
-    # On a CPU the backward pass of the fused bf16 attention is slower than the plain one's.
-    attention = [SDPBackend.MATH] if device.type == "cpu" else list(SDPBackend.__members__.values())
+    # On a CPU the backward pass of fused bf16 attention is slower than the plain one's; on a GPU
+    # cuDNN's would plan anew, for a second, at every new length of prompts.
+    fast = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    attention = [SDPBackend.MATH] if device.type == "cpu" else fast
     stopping = []
     for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(name, lambda number, frame: stopping.append(number))

@@ -26,6 +26,11 @@ def open_picture(path):
         raise ValueError(f"picture {path} is broken ({error}): save it anew.") from None
 
 
+def black(images):
+    """Black pictures of the same sizes: the dropped picture condition (§5.2)."""
+    return [[Image.new("RGB", picture.size) for picture in row] for row in images]
+
+
 def grid(pictures, columns=None, gap=2):
     """Pictures side by side in one PIL picture, `gap` pixels apart, as square as they come."""
     columns = columns or math.ceil(math.sqrt(len(pictures)))

@@ -15,6 +15,7 @@ real one; vision/ and llm/ are steps on the way. About two hours on one core, le
 import argparse
 import json
 import math
+import os
 import random
 import sys
 from functools import partial
@@ -34,7 +35,8 @@ from tokenizers import (
     pre_tokenizers,
     trainers,
 )
-from torch.nn.utils.rnn import pad_sequence
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import (
     AutoProcessor,
@@ -60,6 +62,8 @@ from data.shapes import (
     PLACES,
     SHAPES,
     SIX_KINDS,
+    TALKS,
+    Scene,
     Talk,
     coverage,
     describe,
@@ -72,8 +76,9 @@ from data.shapes import (
     score,
     talks,
 )
-from metaquery import SYSTEM_PROMPT, conversation
+from metaquery import SYSTEM_PROMPT, conversation, to_device
 
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are forks
 VISION_SIZE, VISION_PATCH = 60, 12
 
 
@@ -83,23 +88,79 @@ def pictures_to_tensor(pictures):
     return stacked.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def fit(name, modules, loss_of_step, steps, lr, out, evaluate=None, log_every=200):
-    """Minimise `loss_of_step(step)`, with 5% warm-up and a cosine down to zero.
+class Batches(Dataset):
+    """What each step is trained on: of its number alone, so that a loader's workers can make it."""
+
+    def __init__(self, make, name):
+        self.make, self.name = make, name
+
+    def __getitem__(self, step):
+        """A dict of tensors."""
+        return self.make(random.Random(f"{self.name} {step}"))
+
+
+class Recorded:
+    """A loss and its gradients, recorded as a CUDA graph for each shape of its inputs and replayed.
+
+    A toy model's step is a thousand small kernels; replayed, they take a tenth of the time.
+    """
+
+    def __init__(self, loss_of, parameters):
+        self.loss_of, self.parameters, self.graphs = loss_of, parameters, {}
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        self.gradients = [parameter.grad for parameter in parameters]
+
+    def step(self, batch):
+        """The loss of a batch; gradients are put in place, from zero."""
+        torch._foreach_zero_(self.gradients)
+        with torch.autocast(self.gradients[0].device.type, torch.bfloat16):
+            loss = self.loss_of(batch)
+        loss.backward()
+        return loss.detach()
+
+    def __call__(self, batch):
+        """As `step`."""
+        shape = tuple(part.shape for part in batch.values())
+        if shape not in self.graphs:
+            inputs, aside = {n: part.clone() for n, part in batch.items()}, torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                for _ in range(2):
+                    self.step(inputs)
+            torch.cuda.current_stream().wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                loss = self.step(inputs)
+            self.graphs[shape] = graph, inputs, loss
+        graph, inputs, loss = self.graphs[shape]
+        for name, part in batch.items():
+            inputs[name].copy_(part)
+        graph.replay()
+        return loss
+
+
+def fit(name, modules, make, loss_of, lr, args, evaluate=None, steps=None, ready=None):
+    """Minimise `loss_of(make(rng))` on args.device, with 5% warm-up and a cosine down to zero.
+
+    `ready`, without gradient, comes between the two; with it, a GPU replays what it recorded.
 
     Muon for the matrices of the transformers, AdamW for the rest: toy models learn to copy and to
-    bind in about half the steps. Every 500 steps all is saved in `out/name.resume`, from which the
-    next call goes on.
+    bind in about half the steps. Every 500 steps all is saved in `args.out/name.resume`, from which
+    the next call goes on.
     """
-    named = [item for module in modules for item in module.named_parameters()]
+    steps, device = steps or args.steps, torch.device(args.device)
+    named = [item for module in modules for item in module.to(device).named_parameters()]
     parameters = [p for _, p in named if p.requires_grad]
     matrices = [p for n, p in named if p.requires_grad and p.ndim == 2 and "layers." in n]
     chosen = {id(p) for p in matrices}
     others = [p for p in parameters if id(p) not in chosen]
-    optimizers = [torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)]
+    options = {"betas": (0.9, 0.98), "weight_decay": 0.01, "fused": True}
+    optimizers = [torch.optim.AdamW(others, lr=lr, **options)]
     if matrices:
         options = {"weight_decay": 0.01, "adjust_lr_fn": "match_rms_adamw"}
         optimizers.append(torch.optim.Muon(matrices, lr=lr, **options))
-    saved, first, mean = out / f"{name}.resume", 0, None
+    saved, first, mean = args.out / f"{name}.resume", 0, None
     if saved.exists():
         state = torch.load(saved, weights_only=True)
         for module, weights in zip(modules, state["modules"], strict=True):
@@ -107,8 +168,15 @@ def fit(name, modules, loss_of_step, steps, lr, out, evaluate=None, log_every=20
         for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(kept)
         first = state["step"]
-    bar = tqdm(range(first, steps), desc=name, initial=first, total=steps, mininterval=10)
-    for step in bar:
+    loader = DataLoader(Batches(make, name), None, sampler=range(first, steps),
+                        num_workers=args.workers, pin_memory=device.type == "cuda",
+                        multiprocessing_context="fork" if args.workers else None)  # fmt: skip
+    recorded = Recorded(loss_of, parameters)
+    step_of = recorded if ready and device.type == "cuda" else recorded.step
+    fast = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    attention = [SDPBackend.MATH] if device.type == "cpu" else fast  # as in train.py
+    bar = tqdm(loader, name, initial=first, total=steps, mininterval=10)
+    for step, batch in enumerate(bar, first):
         if step > first and step % 500 == 0:
             weights = [module.state_dict() for module in modules]
             state = {"step": step, "modules": weights}
@@ -120,24 +188,29 @@ def fit(name, modules, loss_of_step, steps, lr, out, evaluate=None, log_every=20
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = loss_of_step(step)
-        loss.backward()
+        batch = to_device(batch, device)
+        with sdpa_kernel(attention):
+            if ready:
+                with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+                    batch = ready(batch)
+            loss = step_of(batch)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for optimizer in optimizers:
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
-        bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
-        if (step + 1) % log_every == 0 or step + 1 == steps:
-            note = {"part": name, "step": step + 1, "loss": round(mean, 5)}
-            if evaluate is not None and ((step + 1) % (5 * log_every) == 0 or step + 1 == steps):
+        mean = loss.clone() if mean is None else mean.lerp(loss, 0.02)
+        if (step + 1) % 20 == 0:
+            bar.set_postfix(loss=f"{mean.item():.4f}", refresh=False)
+        if (step + 1) % 200 == 0 or step + 1 == steps:
+            note = {"part": name, "step": step + 1, "loss": round(mean.item(), 5)}
+            if evaluate is not None and ((step + 1) % 2000 == 0 or step + 1 == steps):
                 note |= evaluate()
             tqdm.write(json.dumps(note))
     saved.unlink(missing_ok=True)
+    for module in modules:
+        module.cpu()
 
 
-def train_vae(out, steps):
+def train_vae(args):
     """A DC-AE: 64x64x3 to 8x8x8, plain L1 + L2."""
     channels = (32, 32, 64, 128)
     vae = AutoencoderDC(
@@ -152,26 +225,29 @@ def train_vae(out, steps):
         encoder_qkv_multiscales=((),) * 4,
         decoder_qkv_multiscales=((),) * 4,
     ).to(memory_format=torch.channels_last)
-    rng = random.Random("vae")
 
-    def loss_of_step(step):
-        scenes = [random_scene(rng, patterns=0.3, held_out=0.08) for _ in range(32)]
-        pixels = pictures_to_tensor([render(scene) for scene in scenes])
-        redrawn = vae(pixels.to(memory_format=torch.channels_last)).sample.float()
+    def make(rng):
+        scenes = [random_scene(rng, patterns=0.3, held_out=0.08) for _ in range(args.batch_size)]
+        return {"pixels": pictures_to_tensor([render(scene) for scene in scenes])}
+
+    def loss_of(batch):
+        pixels = batch["pixels"].to(memory_format=torch.channels_last)
+        redrawn = vae(pixels).sample.float()
         return F.l1_loss(redrawn, pixels) + F.mse_loss(redrawn, pixels)
 
     @torch.no_grad()
     def evaluate():
         scenes = [random_scene(random.Random(f"test {i}"), 0.2, 0.08) for i in range(200)]
-        latents = vae.encode(pictures_to_tensor([render(s) for s in scenes])).latent
+        pixels = pictures_to_tensor([render(s) for s in scenes]).to(vae.device)
+        latents = vae.encode(pixels).latent
         pixels = vae.decode(latents).sample.clamp(-1, 1)
         vae.register_to_config(scaling_factor=1 / latents.std().item())
-        redrawn = ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        redrawn = ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         right = [same(scene, redraw) for scene, redraw in zip(scenes, redrawn, strict=True)]
         return {"readable": sum(right) / len(right)}
 
-    fit("vae", [vae], loss_of_step, steps, 2e-3, out, evaluate)
-    vae.to(torch.bfloat16).save_pretrained(out / "diffusion" / "vae")
+    fit("vae", [vae], make, loss_of, 2e-3, args, evaluate)
+    vae.to(torch.bfloat16).save_pretrained(args.out / "diffusion" / "vae")
 
 
 def same(scene, array):
@@ -254,7 +330,7 @@ def words_to_vectors(rows, embeddings, tokenizer):
         words.append(vector.roll(half) if word in INNER else vector)
     words = torch.stack(words)
     directions = torch.randn(3, words.shape[1], generator=torch.Generator().manual_seed(0))
-    return rows @ torch.cat([words, directions * embeddings.std().detach()])
+    return rows @ torch.cat([words, directions.to(words) * embeddings.std().detach()])
 
 
 def scenes_to_tower(scenes):
@@ -263,7 +339,7 @@ def scenes_to_tower(scenes):
     return F.interpolate(pixels, VISION_SIZE, mode="bicubic", antialias=True)
 
 
-def train_vision(out, steps):
+def train_vision(args):
     """A SigLIP vision transformer, taught shape, colours, pattern and place patch by patch."""
     tower = SiglipVisionModel(
         SiglipVisionConfig(
@@ -277,12 +353,15 @@ def train_vision(out, steps):
         )
     )
     head = torch.nn.Linear(192, 7 + 9 + 9 + 3 + 3 + 1)
-    rng = random.Random("vision")
 
-    def loss_of_step(step):
-        scenes = [random_scene(rng, patterns=0.25) for _ in range(64)]
-        labels = torch.from_numpy(np.stack([patch_labels(scene) for scene in scenes])).flatten(0, 1)
-        states = tower(scenes_to_tower(scenes), output_hidden_states=True).hidden_states[-1]
+    def make(rng):
+        scenes = [random_scene(rng, patterns=0.25) for _ in range(args.batch_size)]
+        labels = np.stack([patch_labels(scene) for scene in scenes])
+        return {"pixels": scenes_to_tower(scenes), "labels": torch.from_numpy(labels).flatten(0, 1)}
+
+    def loss_of(batch):
+        labels = batch["labels"]
+        states = tower(batch["pixels"], output_hidden_states=True).hidden_states[-1]
         shape, color, inner, pattern, where, centre = (
             head(states).flatten(0, 1).float().split([7, 9, 9, 3, 3, 1], 1)
         )
@@ -292,20 +371,16 @@ def train_vision(out, steps):
         loss = loss + 10 * ((where - labels[:, 4:7]) ** 2 * something).mean()
         loss = loss + F.binary_cross_entropy_with_logits(centre, labels[:, 7:])
         right = (shape.argmax(1) == kinds[0])[something[:, 0]].float().mean()
-        accuracy[0] = 0.95 * accuracy[0] + 0.05 * right.item()
+        accuracy[0] = 0.95 * accuracy[0] + 0.05 * right.detach()
         return loss
 
     accuracy = [0.0]
-    fit(
-        "vision",
-        [tower, head],
-        loss_of_step,
-        steps,
-        1e-3,
-        out,
-        lambda: {"patch shapes": accuracy[0]},
-    )
-    tower.save_pretrained(out / "vision")
+
+    def evaluate():
+        return {"patch shapes": round(accuracy[0].item(), 4)}
+
+    fit("vision", [tower, head], make, loss_of, 1e-3, args, evaluate)
+    tower.save_pretrained(args.out / "vision")
 
 
 CHAT_TEMPLATE = """{%- for message in messages -%}
@@ -366,7 +441,8 @@ def make_processor(tokenizer, size, patch):
 def world_texts():
     """Texts with every word of the world, to train its tokenizer on."""
     rng = random.Random("words")
-    for turn in (turn for _ in range(4000) for turn in talks(rng)):
+    sorts = rng.choices(list(TALKS), list(TALKS.values()), k=4000)
+    for turn in (turn for sort in sorts for turn in talks(rng, sort)):
         yield f" {turn.user} {turn.assistant}\n{turn.user}\n{turn.assistant}"
     yield from [f"{SYSTEM_PROMPT} system user assistant"] * 100
 
@@ -395,13 +471,9 @@ def chat(tokenizer, messages, open_end=True):
     return tokenizer.apply_chat_template(messages, add_generation_prompt=open_end, **options)
 
 
-def read_talk(processor, conversations, embeddings=None, open_end=False):
-    """Conversations as model inputs; with `open_end` the last turn's answer is left to the model.
-
-    Given the language model's `embeddings` (vocabulary, d), its pictures are imagined: each patch
-    is the sum of the words for it, in the order in which LLaVA-OneVision lays out its patches.
-    """
-    tokenizer, texts, scenes = processor.tokenizer, [], []
+def talk_texts(tokenizer, conversations, open_end=False):
+    """The conversations' texts, and of each its source scenes in turn."""
+    texts, scenes = [], []
     for turns in conversations:
         system, messages = SYSTEM_PROMPT if turns[0].instructed else None, []
         for turn in turns:
@@ -409,35 +481,60 @@ def read_talk(processor, conversations, embeddings=None, open_end=False):
             messages.append({"role": "assistant", "content": turn.assistant})
         texts.append(chat(tokenizer, messages[:-1] if open_end else messages, open_end))
         scenes.append([scene for turn in turns for scene in turn.sources])
-    options = {"padding": True, "padding_side": "left" if open_end else "right"}
-    if embeddings is None and any(scenes):
-        images = [[render(scene) for scene in row] for row in scenes]
-        return processor(text=texts, images=images, return_tensors="pt", **options)
-    base, patches = torch.arange(SIDE * SIDE), []
+    return texts, scenes
+
+
+def lay_out(processor, texts, scenes, multiple=1, side="right"):
+    """Token ids and mask (B, L) with an image token for every state of a picture; and its "place".
+
+    A picture has 26 states, 25 patches and a newline, laid out as LLaVA-OneVision does; "place"
+    (B, L) counts them through all pictures from 1 and is 0 at words. L is a multiple of `multiple`.
+    """
+    base, places, number = torch.arange(SIDE * SIDE), [], 0
     newline = torch.full((SIDE, 1), SIDE * SIDE)
     tile = torch.cat([base.view(SIDE, SIDE), newline], 1).flatten()
     for i, row in enumerate(scenes):
         order = torch.cat([base, tile if len(row) == 1 else newline[0]])
         texts[i] = texts[i].replace("<image>", "<image>" * len(order))
-        for scene in row:
-            rows = np.pad(patch_words(scene), ((0, 1), (0, 0)))
-            patches.append(torch.from_numpy(rows)[order])
-    inputs = tokenizer(texts, return_tensors="pt", **options)
-    if patches:
-        ids = inputs["input_ids"]
-        embedded = embeddings[ids]
-        seen = words_to_vectors(torch.cat(patches), embeddings, tokenizer)
-        seen = seen + 0.1 * embeddings.std().detach() * torch.randn_like(seen)
-        embedded[ids == processor.image_token_id] = seen.to(embedded.dtype)
-        inputs["inputs_embeds"] = embedded
+        for _ in row:
+            places.append(1 + (SIDE * SIDE + 1) * number + order)
+            number += 1
+    options = {"padding_side": side, "pad_to_multiple_of": multiple, "return_tensors": "pt"}
+    inputs = dict(processor.tokenizer(texts, padding=True, **options))
+    inputs["place"] = torch.zeros_like(inputs["input_ids"])
+    if places:
+        inputs["place"][inputs["input_ids"] == processor.image_token_id] = torch.cat(places)
     return inputs
 
 
-def talk_batch(processor, conversations, embeddings=None):
-    """Model inputs with labels on the assistant's words alone, padded on the right."""
+def imagined(scenes):
+    """Scenes as the words for what their 26 states show: (P, 26, words + 3) float32."""
+    rows = [np.pad(patch_words(scene), ((0, 1), (0, 0))) for scene in scenes]
+    return torch.from_numpy(np.stack(rows)) if rows else torch.zeros(0, 26, len(EYE_WORDS) + 3)
+
+
+def imagine(rows, embeddings, tokenizer):
+    """Imagined pictures (P, 26, words + 3) as a language model's input states (P, 26, d)."""
+    seen = words_to_vectors(rows, embeddings, tokenizer)
+    return seen + 0.1 * embeddings.std() * torch.randn_like(seen)
+
+
+def put(states, place):
+    """Pictures' states (P, 26, d) at their places (B, L), zeros elsewhere: (B, L, d)."""
+    states = states.flatten(0, 1)
+    return torch.cat([states.new_zeros(1, states.shape[-1]), states])[place]
+
+
+def talk_batch(rng, processor, size, picture, multiple):
+    """`size` conversations of one sort: tokens, labels on the assistant's words, and pictures.
+
+    "pictures" holds what `picture` makes of their scenes.
+    """
     tokenizer = processor.tokenizer
-    inputs = read_talk(processor, conversations, embeddings)
-    ids = inputs["input_ids"] if "inputs_embeds" not in inputs else inputs.pop("input_ids")
+    sort = rng.choices(list(TALKS), list(TALKS.values()))[0]
+    texts, scenes = talk_texts(tokenizer, [talks(rng, sort) for _ in range(size)])
+    inputs = lay_out(processor, texts, scenes, multiple)
+    ids = inputs["input_ids"]
     before, end = tokenizer("<|im_start|>assistant\n")["input_ids"], tokenizer.eos_token_id
     labels = torch.full_like(ids, -100)
     for row, tokens in enumerate(ids.tolist()):
@@ -448,33 +545,47 @@ def talk_batch(processor, conversations, embeddings=None):
                 stop = tokens.index(end, start) + 1
                 labels[row, start:stop] = ids[row, start:stop]
             start += 1
-    return {**inputs, "labels": labels}
+    pictures = picture([scene for row in scenes for scene in row])
+    return {"input_ids": ids, "labels": labels, "place": inputs["place"], "pictures": pictures}
 
 
-def batches_of_like_length(rng, size):
-    """Eight batches of conversations, each with as many pictures, so that little is padding."""
-    made = [talks(rng) for _ in range(8 * size)]
-    made.sort(key=lambda turns: (sum(len(t.sources) for t in turns), turns[0].instructed))
-    batches = [made[i : i + size] for i in range(0, len(made), size)]
-    rng.shuffle(batches)
-    return batches
+def talk_loss(language, embedding, input_ids, labels, place, seen):
+    """Cross-entropy of the labels, given `seen` (B, L, d) where `place` is a picture's.
+
+    Padded on the right under a causal mask, so no other mask is needed.
+    """
+    words = embedding(input_ids)
+    states = torch.where(place[..., None] > 0, seen.to(words.dtype), words)
+    hidden = language(
+        inputs_embeds=states, attention_mask={"full_attention": None}, use_cache=False
+    ).last_hidden_state
+    logits = F.linear(hidden[:, :-1], embedding.weight)
+    return F.cross_entropy(logits.float().flatten(0, 1), labels[:, 1:].flatten())
 
 
 @torch.no_grad()
-def answers(model, processor, turns, imagined=False):
-    """What the model says, greedily, to each exchange's user turn."""
-    embeddings, said = model.get_input_embeddings().weight if imagined else None, []
-    for start in range(0, len(turns), 50):
-        inputs = read_talk(processor, [[t] for t in turns[start : start + 50]], embeddings, True)
-        if "inputs_embeds" in inputs:
-            inputs.pop("input_ids")
-        made = model.generate(**inputs, max_new_tokens=64, do_sample=False)
-        before = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
-        said += processor.batch_decode(made[:, before:], skip_special_tokens=True)
-    return said
+def answers(model, processor, turns, words_only=False):
+    """What the model says, greedily, to each exchange's user turn; of imagined pictures or real."""
+    embeddings, tokenizer = model.get_input_embeddings().weight, processor.tokenizer
+    texts, scenes = talk_texts(tokenizer, [[turn] for turn in turns], open_end=True)
+    options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+    if words_only:
+        inputs = to_device(lay_out(processor, texts, scenes, side="left"), model.device)
+        rows = imagined([scene for row in scenes for scene in row]).to(model.device)
+        ids, place = inputs.pop("input_ids"), inputs.pop("place")
+        seen = put(imagine(rows, embeddings, tokenizer), place)
+        inputs["inputs_embeds"] = torch.where(place[..., None] > 0, seen, embeddings[ids])
+    elif any(scenes):
+        images = [[render(scene) for scene in row] for row in scenes]
+        inputs = to_device(processor(text=texts, images=images, **options), model.device)
+    else:
+        inputs = to_device(tokenizer(texts, **options), model.device)
+    made = model.generate(**inputs, max_new_tokens=64, do_sample=False)
+    before = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
+    return processor.batch_decode(made[:, before:], skip_special_tokens=True)
 
 
-def examine(model, processor, imagined=False, number=100):
+def examine(model, processor, words_only=False, number=100):
     """Shares of unseen exchanges of several sorts that the model answers word for word."""
     tests = random.Random("mllm test")
     scenes = [random_scene(tests) for _ in range(number)]
@@ -488,64 +599,68 @@ def examine(model, processor, imagined=False, number=100):
         groups[kind] = [Talk(s.prompt, s.plain, s.sources, True) for s in made]
     shares = {}
     for name, asked in groups.items():
-        said = answers(model, processor, asked, imagined)
+        said = answers(model, processor, asked, words_only)
         right = [a == t.assistant for a, t in zip(said, asked, strict=True)]
         shares[name] = round(sum(right) / len(right), 3)
     return shares
 
 
-def train_llm(out, steps):
+def train_llm(args):
     """A toy Qwen2 that restates prompts, knows the world's facts and speaks ChatML.
 
     It talks of pictures too, which it is given as words, patch by patch: what it learns so is what
     it needs when a projector gives it real pictures in the same words.
     """
     processor = make_processor(make_tokenizer(world_texts()), VISION_SIZE, VISION_PATCH)
-    processor.save_pretrained(out / "mllm")
-    processor = AutoProcessor.from_pretrained(out / "mllm")
-    # Eager attention: on a CPU the backward pass of the fused one is slower in bf16.
-    config = language_config(processor.tokenizer)
-    model = Qwen2ForCausalLM._from_config(config, attn_implementation="eager")
-    rng = random.Random("llm")
-    batches = []
+    processor.save_pretrained(args.out / "mllm")
+    processor = AutoProcessor.from_pretrained(args.out / "mllm")
+    model = Qwen2ForCausalLM(language_config(processor.tokenizer))
+    embedding = model.model.embed_tokens
 
-    def loss_of_step(step):
-        if not batches:
-            batches.extend(batches_of_like_length(rng, 16))
-        return model(**talk_batch(processor, batches.pop(), model.model.embed_tokens.weight)).loss
+    def ready(batch):
+        pictures = imagine(batch.pop("pictures"), embedding.weight, processor.tokenizer)
+        return {**batch, "seen": put(pictures, batch["place"])}
 
-    fit("llm", [model], loss_of_step, steps, 3e-3, out, partial(examine, model, processor, True))
+    def loss_of(batch):
+        return talk_loss(model.model, embedding, **batch)
+
+    options = {"size": args.batch_size, "multiple": 128 if args.device == "cuda" else 8}
+    make = partial(talk_batch, processor=processor, picture=imagined, **options)
+    evaluate = partial(examine, model, processor, True)
+    fit("llm", [model], make, loss_of, 3e-3, args, evaluate, ready=ready)
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
-    model.save_pretrained(out / "llm")
+    model.save_pretrained(args.out / "llm")
 
 
-def align(model, tokenizer, out, steps=600):
+def align(model, tokenizer, args):
     """Teach the projector to give each patch the embedding of the words for what it shows."""
     embeddings = model.get_input_embeddings().weight.detach()
     tower, projector = model.model.vision_tower, model.model.multi_modal_projector
-    rng = random.Random("align")
 
-    def loss_of_step(step):
+    def make(rng):
         scenes = [random_scene(rng, patterns=0.25) for _ in range(64)]
-        with torch.no_grad():
-            pixels = scenes_to_tower(scenes)
-            states = tower(pixels, output_hidden_states=True).hidden_states[-1]
         rows = torch.from_numpy(np.stack([patch_words(scene) for scene in scenes]))
-        wanted = words_to_vectors(rows, embeddings, tokenizer)
+        return {"pixels": scenes_to_tower(scenes), "rows": rows}
+
+    def loss_of(batch):
+        with torch.no_grad():
+            states = tower(batch["pixels"], output_hidden_states=True).hidden_states[-1]
+        wanted = words_to_vectors(batch["rows"], embeddings.to(args.device), tokenizer)
         return F.mse_loss(projector(states).float(), wanted) / embeddings.var()
 
-    fit("align", [projector], loss_of_step, steps, 3e-3, out)
+    tower.to(args.device)
+    fit("align", [projector], make, loss_of, 3e-3, args, steps=600)
 
 
-def train_mllm(out, steps):
+def train_mllm(args):
     """LLaVA-OneVision of tower and language model, which goes on talking, now of real pictures.
 
     The tower stays as it is. The projector learns each patch's words, then stays as it is too:
     trained on, it drifts away from the words and the language model no longer reads it.
     """
-    processor = AutoProcessor.from_pretrained(out / "mllm")
-    tower = SiglipVisionModel.from_pretrained(out / "vision")
-    language = Qwen2ForCausalLM.from_pretrained(out / "llm", attn_implementation="eager")
+    processor = AutoProcessor.from_pretrained(args.out / "mllm")
+    tower = SiglipVisionModel.from_pretrained(args.out / "vision")
+    language = Qwen2ForCausalLM.from_pretrained(args.out / "llm")
     config = LlavaOnevisionConfig(
         vision_config=tower.config,
         text_config=language.config,
@@ -556,45 +671,56 @@ def train_mllm(out, steps):
         eos_token_id=language.config.eos_token_id,
         pad_token_id=language.config.pad_token_id,
     )
-    model = LlavaOnevisionForConditionalGeneration._from_config(config, attn_implementation="eager")
+    model = LlavaOnevisionForConditionalGeneration(config)
     model.model.vision_tower.load_state_dict(tower.state_dict())
     model.model.vision_tower.requires_grad_(False)
     model.model.language_model.load_state_dict(language.model.state_dict())
     torch.nn.init.zeros_(model.model.image_newline)
-    if not (out / "mllm.resume").exists():
-        align(model, processor.tokenizer, out)
+    if not (args.out / "mllm.resume").exists():
+        align(model, processor.tokenizer, args)
     model.model.multi_modal_projector.requires_grad_(False)
-    rng = random.Random("mllm")
-    batches = []
+    eye, projector = model.model.vision_tower, model.model.multi_modal_projector
 
-    def loss_of_step(step):
-        if not batches:
-            batches.extend(batches_of_like_length(rng, 16))
-        return model(**talk_batch(processor, batches.pop())).loss
+    def picture(scenes):
+        return scenes_to_tower(scenes or [Scene(())])  # an unused one: the tower takes no none
 
-    fit("mllm", [model], loss_of_step, steps, 1e-3, out, partial(examine, model, processor))
+    def ready(batch):
+        states = eye(batch.pop("pictures"), output_hidden_states=True).hidden_states[-1]
+        seen = put(F.pad(projector(states), (0, 0, 0, 1)), batch["place"])
+        return {**batch, "seen": seen}
+
+    def loss_of(batch):
+        return talk_loss(model.model.language_model, model.get_input_embeddings(), **batch)
+
+    options = {"size": args.batch_size, "multiple": 128 if args.device == "cuda" else 8}
+    make = partial(talk_batch, processor=processor, picture=picture, **options)
+    model.model.image_newline.requires_grad_(False)
+    evaluate = partial(examine, model, processor)
+    fit("mllm", [model], make, loss_of, 1e-3, args, evaluate, ready=ready)
     model.generation_config.eos_token_id = config.eos_token_id
     model.generation_config.pad_token_id = config.pad_token_id
-    model.to(torch.bfloat16).save_pretrained(out / "mllm")
+    model.to(torch.bfloat16).save_pretrained(args.out / "mllm")
+
+
+def caption_inputs(tokenizer, prompts):
+    """The prompts' tokens behind the system turn, padded on the right, as model inputs."""
+    texts = [chat(tokenizer, conversation(prompt)) for prompt in prompts]
+    return dict(tokenizer(texts, return_tensors="pt", padding=True, padding_side="right"))
 
 
 @torch.no_grad()
-def caption_states(language, tokenizer, prompts):
-    """Last-layer states of the prompts' tokens (the system turn left out) and their mask."""
-    texts = [chat(tokenizer, conversation(prompt)) for prompt in prompts]
-    inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
-    system = conversation("")[:1]
-    skip = len(tokenizer.apply_chat_template(system, chat_template=CHAT_TEMPLATE)["input_ids"])
-    states = language.model(**inputs).last_hidden_state
-    return states[:, skip:], inputs["attention_mask"][:, skip:]
+def caption_states(language, skip, input_ids, attention_mask):
+    """Last-layer states of the captions' tokens (the first `skip` left out) and their mask."""
+    states = language.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    return states[:, skip:].float(), attention_mask[:, skip:]
 
 
-def train_diffusion(out, steps):
+def train_diffusion(args):
     """A toy Sana on captions alone: 8x8 latents, 6 layers, 192 wide, flow matching."""
-    number = min(24000, 32 * steps)  # captions and pictures, encoded once
-    tokenizer = AutoProcessor.from_pretrained(out / "mllm").tokenizer
-    language = Qwen2ForCausalLM.from_pretrained(out / "llm").eval()
-    vae = AutoencoderDC.from_pretrained(out / "diffusion" / "vae").eval()
+    tokenizer = AutoProcessor.from_pretrained(args.out / "mllm").tokenizer
+    language = Qwen2ForCausalLM.from_pretrained(args.out / "llm").eval().to(args.device)
+    vae = AutoencoderDC.from_pretrained(args.out / "diffusion" / "vae").eval().to(args.device)
+    skip = len(tokenizer(chat(tokenizer, conversation("")[:1], False))["input_ids"])
     sana = SanaTransformer2DModel(
         in_channels=8,
         out_channels=8,
@@ -614,26 +740,19 @@ def train_diffusion(out, steps):
         use_flow_sigmas=True,
         flow_shift=1.0,
     )
-    rng = random.Random("diffusion")
-    kinds = rng.choices(list(CAPTION_KINDS), list(CAPTION_KINDS.values()), k=number)
-    cached = []
-    for start in tqdm(range(0, number, 64), desc="captions and latents", mininterval=10):
-        made = [sample(kind, start + i, "sana") for i, kind in enumerate(kinds[start : start + 64])]
-        prompts = ["" if rng.random() < 0.1 else s.prompt for s in made]
-        states, mask = caption_states(language, tokenizer, prompts)
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            latents = vae.encode(pictures_to_tensor([s.picture for s in made])).latent
-        latents = latents.float() * vae.config.scaling_factor
-        cached += [
-            (z, c[: int(m.sum())].bfloat16()) for z, c, m in zip(latents, states, mask, strict=True)
-        ]
 
-    def loss_of_step(step):
-        picked = [cached[i] for i in torch.randint(number, (32,)).tolist()]
-        z = torch.stack([latent for latent, _ in picked])
-        mask = pad_sequence([torch.ones(len(c)) for _, c in picked], batch_first=True)
-        states = pad_sequence([c for _, c in picked], batch_first=True).float()
-        sigma = torch.randn(32).sigmoid()
+    def make(rng):
+        kinds = rng.choices(list(CAPTION_KINDS), list(CAPTION_KINDS.values()), k=args.batch_size)
+        made = [sample(kind, rng.randrange(1 << 40), "sana") for kind in kinds]
+        prompts = ["" if rng.random() < 0.1 else s.prompt for s in made]
+        pixels = pictures_to_tensor([s.picture for s in made])
+        return {"pixels": pixels, **caption_inputs(tokenizer, prompts)}
+
+    def loss_of(batch):
+        with torch.no_grad():
+            z = vae.encode(batch.pop("pixels")).latent.float() * vae.config.scaling_factor
+        states, mask = caption_states(language, skip, **batch)
+        sigma = torch.randn(len(z), device=z.device).sigmoid()
         noise = torch.randn_like(z)
         noisy = z + sigma.view(-1, 1, 1, 1) * (noise - z)
         velocity = sana(noisy, states, 1000 * sigma, encoder_attention_mask=mask).sample
@@ -644,62 +763,63 @@ def train_diffusion(out, steps):
         right, drawn = {}, []
         for kind in (*SIX_KINDS, "dense", "held-out"):
             made = [sample(kind, i, split="test") for i in range(number)]
-            states, mask = caption_states(
-                language, tokenizer, [""] * number + [s.prompt for s in made]
-            )
+            inputs = caption_inputs(tokenizer, [""] * number + [s.prompt for s in made])
+            states, mask = caption_states(language, skip, **to_device(inputs, args.device))
             scheduler.set_timesteps(20)
-            z = torch.randn(number, 8, 8, 8)
+            z = torch.randn(number, 8, 8, 8, device=args.device)
             for t in scheduler.timesteps:
-                with torch.autocast("cpu", torch.bfloat16):
-                    v = sana(
-                        z.repeat(2, 1, 1, 1),
-                        states,
-                        t.expand(2 * number),
-                        encoder_attention_mask=mask,
-                    ).sample
+                two, times = z.repeat(2, 1, 1, 1), t.expand(2 * number).to(args.device)
+                with torch.autocast(args.device, torch.bfloat16):
+                    v = sana(two, states, times, encoder_attention_mask=mask).sample
                 free, asked = v.float().chunk(2)
                 z = scheduler.step(free + 3 * (asked - free), t, z).prev_sample
             pixels = vae.decode(z / vae.config.scaling_factor).sample.clamp(-1, 1)
-            arrays = ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+            arrays = ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
             pictures = [Image.fromarray(array) for array in arrays]
             right[kind] = (
                 sum(score(p, s.want) for p, s in zip(pictures, made, strict=True)) / number
             )
             drawn += pictures[:8]
-        grid(drawn, columns=8).save(out / "diffusion.png")
+        grid(drawn, columns=8).save(args.out / "diffusion.png")
         return right
 
-    fit("diffusion", [sana], loss_of_step, steps, 1e-3, out, evaluate)
-    sana.to(torch.bfloat16).save_pretrained(out / "diffusion" / "transformer")
-    scheduler.save_pretrained(out / "diffusion" / "scheduler")
+    fit("diffusion", [sana], make, loss_of, 1e-3, args, evaluate)
+    sana.to(torch.bfloat16).save_pretrained(args.out / "diffusion" / "transformer")
+    scheduler.save_pretrained(args.out / "diffusion" / "scheduler")
     parts = {"transformer": sana, "vae": vae, "scheduler": scheduler}
     index = {"_class_name": "SanaPipeline", "_diffusers_version": diffusers_version}
     index |= {name: ["diffusers", type(part).__name__] for name, part in parts.items()}
-    (out / "diffusion" / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (args.out / "diffusion" / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-# Each part's maker, its steps and the file that says that it is there.
+# Each part's maker, its steps and batch, and the file that says that it is there.
 PARTS = {
-    "vae": (train_vae, 5500, "diffusion/vae/config.json"),
-    "vision": (train_vision, 3000, "vision/config.json"),
-    "llm": (train_llm, 1800, "llm/config.json"),
-    "mllm": (train_mllm, 3000, "mllm/config.json"),
-    "diffusion": (train_diffusion, 5500, "diffusion/transformer/config.json"),
+    "vae": (train_vae, 5500, 32, "diffusion/vae/config.json"),
+    "vision": (train_vision, 3000, 64, "vision/config.json"),
+    "llm": (train_llm, 1800, 16, "llm/config.json"),
+    "mllm": (train_mllm, 3000, 16, "mllm/config.json"),
+    "diffusion": (train_diffusion, 5500, 32, "diffusion/transformer/config.json"),
 }
 
 
 def main():
+    cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("weights/new"))
     parser.add_argument("--part", choices=list(PARTS), help="make this part only, anew")
     parser.add_argument("--steps", type=int, help="training steps of --part")
+    parser.add_argument("--batch-size", type=int, help="samples or conversations a step of --part")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--workers", type=int, default=(os.cpu_count() - 2) * cuda)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    for name, (make, steps, made) in PARTS.items():
+    asked = args.steps, args.batch_size
+    for name, (make, steps, batch_size, made) in PARTS.items():
         if args.part == name or (args.part is None and not (args.out / made).exists()):
-            make(args.out, args.steps or steps)
+            args.steps, args.batch_size = asked[0] or steps, asked[1] or batch_size
+            make(args)
 
 
 if __name__ == "__main__":

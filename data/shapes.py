@@ -953,11 +953,11 @@ class Talk:
         return [render(scene) for scene in self.sources]
 
 
-_PICTURE_KINDS = ("edit", "edit", "one subject", "two subjects", "three subjects", "association")
+_PICTURE_KINDS = (*["edit"] * 5, "one subject", "two subjects", "three subjects", "association")
 
 
 def _picture_task(rng):
-    if rng.random() < 0.5:
+    if rng.random() < 0.35:
         scene = random_scene(rng, patterns=0.25) if rng.random() < 0.97 else Scene((), "black")
         return Talk("", describe(scene), (scene,), True)
     made = sample(rng.choice(_PICTURE_KINDS), rng.randrange(1 << 40), "talk")
@@ -972,27 +972,31 @@ def _word_task(rng):
     return Talk(made.prompt, made.plain, (), True)
 
 
-def talks(rng):
-    """The turns of one conversation to train the toy MLLM on, a list of `Talk`.
+# The sorts of conversation that the toy MLLM is trained on, with weights.
+TALKS = {"a picture": 4, "five pictures": 4, "a question": 2, "five questions": 4,
+         "questions of one picture": 2, "prompts": 4, "facts": 0.6}  # fmt: skip
+
+
+def talks(rng, sort):
+    """The turns of one conversation of a sort of TALKS to train the toy MLLM on, a list of `Talk`.
 
     Pictures to describe or to change in thought, questions about one picture, prompts to restate,
     or facts.
     """
-    part = rng.random()
-    if part < 0.4:
-        return [_picture_task(rng) for _ in range(rng.choice((1, 5)))]
-    if part < 0.8:
-        # Mostly a picture to each question: asked of one picture, it could copy earlier answers.
-        turns, pictures = rng.choice(((1, 1), (5, 5), (5, 5), (8, 1)))
-        made, scene, accounts = [], None, rng.choice((0, 0.6, 1))
-        for turn in range(turns):
-            if turn < pictures:
-                scene = random_scene(rng, patterns=0.15)
-            asked = question(rng, scene)
-            if rng.random() < accounts:
-                asked = "tell me of each object", account(rng, scene)
-            made.append(Talk(*asked, (scene,) * (turn < pictures)))
-        return made
-    if rng.random() < 0.15:
+    if sort in ("a picture", "five pictures"):
+        return [_picture_task(rng) for _ in range(1 if sort == "a picture" else 5)]
+    if sort == "facts":
         return [Talk(*fact(rng)) for _ in range(8)]
-    return [_word_task(rng) for _ in range(8)]
+    if sort == "prompts":
+        return [_word_task(rng) for _ in range(8)]
+    # Mostly a picture to each question: asked of one picture, it could copy earlier answers.
+    turns, pictures = {"a question": (1, 1), "five questions": (5, 5)}.get(sort, (8, 1))
+    made, scene, accounts = [], None, rng.choice((0, 0.6, 1))
+    for turn in range(turns):
+        if turn < pictures:
+            scene = random_scene(rng, patterns=0.15)
+        asked = question(rng, scene)
+        if rng.random() < accounts:
+            asked = "tell me of each object", account(rng, scene)
+        made.append(Talk(*asked, (scene,) * (turn < pictures)))
+    return made

@@ -3,18 +3,18 @@
 A stage only chooses these; train.py's loop and metaquery.py's loss are the same for all.
 """
 
+from data.pictures import black
 from data.shapes import CAPTION_KINDS
-from metaquery import black
 
 # What a stage draws of the embedded world, with weights; the last stage goes on with all.
-SEEING = {"edit": 14, "one subject": 8, "two subjects": 7, "three subjects": 1, "association": 5}
+SEEING = {"edit": 24, "one subject": 12, "two subjects": 14, "three subjects": 1, "association": 3}
 STAGES = {
     "pretrain": CAPTION_KINDS,
     "reconstruct": {"reconstruction": 1},
     "mix": CAPTION_KINDS | {"reconstruction": sum(CAPTION_KINDS.values())},
     "edit": {"edit": 1},
-    "instruct": {"reconstruction": 12, "single object": 8, "colors": 3, "two objects": 4,
-                 "counting": 4, "position": 4, "attribution": 2, "dense": 6} | SEEING,
+    "instruct": {"reconstruction": 10, "single object": 5, "colors": 3, "two objects": 3,
+                 "counting": 4, "position": 3, "attribution": 4, "dense": 8} | SEEING,
 }  # fmt: skip
 # The recipes at the tiny size and at the paper's (§4, §5.2, §5.3): 25M pictures go eight times
 # into 48,828 steps of 4,096, and 2.4M instructions three times into 3,516 of 2,048.

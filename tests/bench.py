@@ -3,6 +3,7 @@
     python tests/bench.py                 every row of the table
     python tests/bench.py --rows a,g      some of them
     python tests/bench.py --rows base     one loss of the base size at full width, random weights
+    python tests/bench.py --rows a,b,c,g --device cuda --batch 16        the same on a GPU
 
 The plain way is one pass over prompt and queries with gradient checkpointing, the language head
 left out, and pictures encoded every step. Each figure is the median of --repeats runs with the
@@ -26,7 +27,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 CACHE = Path(tempfile.gettempdir()) / "metaquery-bench"
 
 
-def half_billion():
+def half_billion(device="cpu"):
     """A MetaQuery whose MLLM has the shape of Qwen2.5-0.5B, with random weights, and a toy Sana."""
     import conftest
     import torch
@@ -47,56 +48,72 @@ def half_billion():
     model = MetaQuery(config, torch.bfloat16)
     model.connector = torch.nn.Identity()
     model.connector.norm = torch.nn.RMSNorm(1)
-    return model
+    return model.to(device)
 
 
-def conditions(model, tokens, n, plain):
+def conditions(model, tokens, n, plain, batch):
     """A function that makes the states of n queries after `tokens` random ones, and its loss."""
     import torch
 
-    model.queries = torch.nn.Parameter(torch.randn(n, 896) * 0.02)
-    ids = torch.randint(1000, 100000, (1, tokens))
-    model.prepare = lambda prompts, images=None: {
-        "input_ids": ids, "attention_mask": torch.ones_like(ids)
-    }  # fmt: skip
+    device = model.queries.device
+    model.queries = torch.nn.Parameter(torch.randn(n, 896, device=device) * 0.02)
+    ids = torch.randint(1000, 100000, (batch, tokens), device=device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     backbone = model.mllm.base_model
 
     def one_pass():
         embeds = model.mllm.get_input_embeddings()(ids)
-        queries = model.queries.to(embeds.dtype)[None]
+        queries = model.queries.to(embeds.dtype).expand(batch, -1, -1)
         return backbone(inputs_embeds=torch.cat([embeds, queries], 1)).last_hidden_state[:, -n:]
 
     if not plain:
-        return lambda: model.condition([""])[0].float().square().mean()
+        return lambda: model.condition(inputs)[0].float().square().mean()
     model.mllm.gradient_checkpointing_enable({"use_reentrant": False})
     model.mllm.train()
     return lambda: one_pass().float().square().mean()
 
 
-def timed(loss):
+def now(device):
+    """Seconds, once the device has done all that it was given."""
+    import torch
+
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.time()
+
+
+def timed(loss, device):
     """Seconds of a forward pass and of a backward pass."""
-    began = time.time()
+    began = now(device)
     made = loss()
-    middle = time.time()
+    middle = now(device)
     made.backward()
-    return middle - began, time.time() - middle
+    return middle - began, now(device) - middle
 
 
-def measure(tokens, n, plain, repeats):
+def peak(device):
+    """The most memory that this process has had so far, in GB."""
+    import torch
+
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def measure(tokens, n, plain, repeats, device, batch):
     """Times of a step and peak memory above the weights, in GB; run in a process of its own."""
-    model = half_billion()
-    loss = conditions(model, tokens, n, plain)
-    weights = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    timed(loss)
-    times = [timed(loss) for _ in range(repeats)]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"times": times, "memory": (peak - weights) / 1e6}
+    model = half_billion(device)
+    loss = conditions(model, tokens, n, plain, batch)
+    weights = peak(device)
+    timed(loss, device)
+    times = [timed(loss, device) for _ in range(repeats)]
+    return {"times": times, "memory": peak(device) - weights}
 
 
 def apart(name, *values):
     """What a function of this file returns in a fresh process."""
     code = f"import json, bench; print(json.dumps(bench.{name}(*{values!r})))"
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path},
                           cwd=ROOT, capture_output=True, text=True)  # fmt: skip
     if done.returncode:
@@ -112,19 +129,19 @@ def ratio(name, plain, ours, unit="s"):
           f"({pairs[0]:.2f} to {pairs[-1]:.2f})", flush=True)  # fmt: skip
 
 
-def steps(row, tokens, n, repeats, what):
-    plain, ours = (apart("measure", tokens, n, way, repeats) for way in (True, False))
+def steps(row, tokens, n, what, *options):
+    plain, ours = (apart("measure", tokens, n, way, *options) for way in (True, False))
     total = [[sum(pair) for pair in made["times"]] for made in (plain, ours)]
     ratio(f"({row}) step, {what}, N={n}", *total)
     return plain["memory"], ours["memory"]
 
 
-def backward_growth(repeats):
+def backward_growth(*options):
     """(g) How our backward pass grows with the prompt."""
     for n in (64, 256):
         first = None
         for tokens in (64, 256, 1024, 2048, 4096):
-            made = apart("measure", tokens, n, False, repeats)
+            made = apart("measure", tokens, n, False, *options)
             backward = statistics.median(pair[1] for pair in made["times"])
             first = first or backward
             print(f"(g) our backward pass, {tokens:5} prompt tokens, N={n:3}: {backward:6.3f} s, "
@@ -239,29 +256,33 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", default="a,b,c,d,e,f,g,h")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="cpu", help="of rows a, b, c and g")
+    parser.add_argument("--batch", type=int, default=1, help="prompts a step, in the same rows")
     args = parser.parse_args()
     rows, repeats = args.rows.split(","), args.repeats
+    options = repeats, args.device, args.batch
     CACHE.mkdir(exist_ok=True)
     memory = {}
     if "a" in rows:
-        memory[64] = steps("a", 64, 256, repeats, "64 prompt tokens")
+        memory[64] = steps("a", 64, 256, "64 prompt tokens", *options)
     if "b" in rows or "c" in rows:
         for what, tokens in (
             ("one picture, 756 prompt tokens", 756), ("1,485 prompt tokens", 1485),
             ("four pictures, 2,943 prompt tokens", 2943),
         ):  # fmt: skip
-            memory[tokens] = steps("b", tokens, 256, repeats, what)
+            memory[tokens] = steps("b", tokens, 256, what, *options)
     for tokens, (plain, ours) in memory.items():
         ratio(f"(c) peak memory above the weights, {tokens} tokens", [ours], [plain], "GB")
     for row, run in {
         "d": cached,
         "e": sampling,
         "f": processes,
-        "g": backward_growth,
         "base": base,
     }.items():
         if row in rows:
             run(repeats)
+    if "g" in rows:
+        backward_growth(*options)
     if "h" in rows:
         cold()
 

@@ -12,7 +12,7 @@ from test_sample import check_refused, cli
 from torch.func import functional_call
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from data.pictures import rgb
+from data.pictures import black, rgb
 from data.shapes import (
     EDITS,
     PICTURE_KINDS,
@@ -26,7 +26,7 @@ from data.shapes import (
 )
 from data.sources import Shapes, collate
 from data.stages import STAGES, dropped
-from metaquery import InputError, black, conversation
+from metaquery import InputError, conversation
 
 BACKBONES = ["llava", "qwen-vl"]
 PROMPTS = ["a red star left of a blue circle", "a star", "", "a blue circle"]
