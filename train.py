@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from transformers import HfArgumentParser, get_cosine_with_min_lr_schedule_with_warmup
 
 from data.log import Log
@@ -169,6 +170,34 @@ def resume(model, optimizer, schedule, out, config):
     return state["step"]
 
 
+def checkpoint_layers(model):
+    """Run layers of the queries' pass, the connector and the diffusion model again in the backward.
+
+    The queries' pass leaves the prompt's keys and values as they were, so that it can run again.
+    """
+
+    def again(forward, index=None):
+        def once(*inputs, past_key_values, **options):
+            kept = past_key_values.layers[index]
+            before = kept.keys, kept.values
+            made = forward(*inputs, past_key_values=past_key_values, **options)
+            kept.keys, kept.values = before
+            return made
+
+        def run(*inputs, **options):
+            if not torch.is_grad_enabled():
+                return forward(*inputs, **options)
+            chosen = once if options.get("past_key_values") is not None else forward
+            return checkpoint(chosen, *inputs, use_reentrant=False, **options)
+
+        return run
+
+    model.diffusion.enable_gradient_checkpointing()
+    for layers in (model.connector.layers, model.mllm.get_decoder().layers):
+        for index, layer in enumerate(layers):
+            layer.forward = again(layer.forward, index)
+
+
 def draw_samples(model, stage, path):
     """Save a grid of fixed unseen cases from fixed noise, beside their pictures, if any."""
     kinds = list(STAGES[stage])
@@ -210,7 +239,7 @@ def train(config, model_config):
         model = MetaQuery(model_config, torch.bfloat16)
     model.to(device)
     if config.gradient_checkpointing:
-        model.diffusion.enable_gradient_checkpointing()
+        checkpoint_layers(model)
     if config.compile:
         model.diffusion.compile()
         model.connector.compile()

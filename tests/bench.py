@@ -47,13 +47,18 @@ def half_billion(device="cpu"):
     config = MetaQueryConfig(str(folder / "mllm"), str(folder / "sana"), connector_layers=1)
     model = MetaQuery(config, torch.bfloat16)
     model.connector = torch.nn.Identity()
-    model.connector.norm = torch.nn.RMSNorm(1)
+    model.connector.norm, model.connector.layers = torch.nn.RMSNorm(1), torch.nn.ModuleList()
     return model.to(device)
 
 
-def conditions(model, tokens, n, plain, batch):
+WAYS = ("plain", "ours", "ours with checkpointed layers")
+
+
+def conditions(model, tokens, n, way, batch):
     """A function that makes the states of n queries after `tokens` random ones, and its loss."""
     import torch
+
+    from train import checkpoint_layers
 
     device = model.queries.device
     model.queries = torch.nn.Parameter(torch.randn(n, 896, device=device) * 0.02)
@@ -66,7 +71,9 @@ def conditions(model, tokens, n, plain, batch):
         queries = model.queries.to(embeds.dtype).expand(batch, -1, -1)
         return backbone(inputs_embeds=torch.cat([embeds, queries], 1)).last_hidden_state[:, -n:]
 
-    if not plain:
+    if way != "plain":
+        if way != "ours":
+            checkpoint_layers(model)
         return lambda: model.condition(inputs)[0].float().square().mean()
     model.mllm.gradient_checkpointing_enable({"use_reentrant": False})
     model.mllm.train()
@@ -100,11 +107,12 @@ def peak(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
-def measure(tokens, n, plain, repeats, device, batch):
+def measure(tokens, n, way, repeats, device, batch):
     """Times of a step and peak memory above the weights, in GB; run in a process of its own."""
     model = half_billion(device)
-    loss = conditions(model, tokens, n, plain, batch)
+    timed(conditions(model, 8, 8, "ours", 1), device)  # the weights are in memory and packed now
     weights = peak(device)
+    loss = conditions(model, tokens, n, way, batch)
     timed(loss, device)
     times = [timed(loss, device) for _ in range(repeats)]
     return {"times": times, "memory": peak(device) - weights}
@@ -124,16 +132,21 @@ def apart(name, *values):
 def ratio(name, plain, ours, unit="s"):
     """Print one row: both medians and the ratio of each pair, with its spread."""
     pairs = sorted(p / o for p, o in zip(plain, ours, strict=True))
-    print(f"{name:<58} plain {statistics.median(plain):8.3f} {unit:<3} ours "
+    print(f"{name:<78} plain {statistics.median(plain):8.3f} {unit:<3} ours "
           f"{statistics.median(ours):8.3f} {unit:<3} ratio {statistics.median(pairs):5.2f} "
           f"({pairs[0]:.2f} to {pairs[-1]:.2f})", flush=True)  # fmt: skip
 
 
 def steps(row, tokens, n, what, *options):
-    plain, ours = (apart("measure", tokens, n, way, *options) for way in (True, False))
-    total = [[sum(pair) for pair in made["times"]] for made in (plain, ours)]
-    ratio(f"({row}) step, {what}, N={n}", *total)
-    return plain["memory"], ours["memory"]
+    """One row of (a) or (b), and its peaks of memory as (c)."""
+    made = {way: apart("measure", tokens, n, way, *options) for way in WAYS}
+    times = {way: [sum(pair) for pair in made[way]["times"]] for way in WAYS}
+    for way in WAYS[1:]:
+        ratio(f"({row}) step, {what}, N={n}, {way}", times["plain"], times[way])
+    plain, *ours = (made[way]["memory"] for way in WAYS)
+    for way, memory in zip(WAYS[1:], ours, strict=True):
+        print(f"(c) peak memory above the weights, {what}, {way}: {memory:.3f} GB, "
+              f"{memory / plain:.2f} of the plain way's {plain:.3f} GB", flush=True)  # fmt: skip
 
 
 def backward_growth(*options):
@@ -141,7 +154,7 @@ def backward_growth(*options):
     for n in (64, 256):
         first = None
         for tokens in (64, 256, 1024, 2048, 4096):
-            made = apart("measure", tokens, n, False, *options)
+            made = apart("measure", tokens, n, "ours", *options)
             backward = statistics.median(pair[1] for pair in made["times"])
             first = first or backward
             print(f"(g) our backward pass, {tokens:5} prompt tokens, N={n:3}: {backward:6.3f} s, "
@@ -262,17 +275,13 @@ def main():
     rows, repeats = args.rows.split(","), args.repeats
     options = repeats, args.device, args.batch
     CACHE.mkdir(exist_ok=True)
-    memory = {}
-    if "a" in rows:
-        memory[64] = steps("a", 64, 256, "64 prompt tokens", *options)
-    if "b" in rows or "c" in rows:
-        for what, tokens in (
-            ("one picture, 756 prompt tokens", 756), ("1,485 prompt tokens", 1485),
-            ("four pictures, 2,943 prompt tokens", 2943),
-        ):  # fmt: skip
-            memory[tokens] = steps("b", tokens, 256, what, *options)
-    for tokens, (plain, ours) in memory.items():
-        ratio(f"(c) peak memory above the weights, {tokens} tokens", [ours], [plain], "GB")
+    prompts = {"a": [("64 prompt tokens", 64)], "b": [
+        ("one picture, 756 prompt tokens", 756), ("1,485 prompt tokens", 1485),
+        ("four pictures, 2,943 prompt tokens", 2943),
+    ]}  # fmt: skip
+    for row, cases in prompts.items():
+        for what, tokens in cases if row in rows else ():
+            steps(row, tokens, 256, what, *options)
     for row, run in {
         "d": cached,
         "e": sampling,

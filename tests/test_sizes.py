@@ -11,7 +11,7 @@ from test_train import ROOT, losses
 
 from data.paper import DIFFUSIONS, MLLMS, count, meta_diffusion, meta_mllm, table
 from metaquery import PRESETS, Connector, InputError, MetaQuery, MetaQueryConfig
-from train import TrainConfig, train
+from train import TrainConfig, checkpoint_layers, train
 
 PAIRS = [("llava", "sana"), ("qwen-vl", "sana"), ("qwen", "sd")]
 
@@ -31,6 +31,31 @@ def test_stages_save_load_and_draw(parts, tmp_path, mllm, diffusion):
     assert model.config.num_queries == 4
     images = None if mllm == "qwen" else [[Image.new("RGB", (30, 20), "red")]]
     assert model.generate(["a star"], images, num_inference_steps=2)[0].mode == "RGB"
+
+
+@pytest.mark.parametrize("mllm, diffusion", PAIRS)
+def test_checkpointed_layers_give_the_same_gradients(build, mllm, diffusion):
+    """Loss and gradients are those of a step that keeps all; a layer's inside is not kept."""
+    model = build(mllm, diffusion).double()
+    images = None if mllm == "qwen" else [[Image.new("RGB", (30, 20), "red")], []]
+    fixed = {"noise": torch.randn(2, model.diffusion.config.in_channels, 4, 4).double()}
+    fixed["sigma"] = torch.tensor([0.3, 0.8] if model.is_flow else [300, 800]).double()
+    kept, made = [], []
+    for checkpointed in (False, True):
+        if checkpointed:
+            checkpoint_layers(model)
+        bytes_kept = []
+        hooks = (lambda x, to=bytes_kept: to.append(x.nbytes) or x), lambda x: x
+        model.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(*hooks):
+            loss = model(["a red star", "a"], torch.zeros_like(fixed["noise"]), images, **fixed)
+        loss.backward()
+        grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        made.append((loss.detach(), model.queries.grad.clone(), grads))
+        kept.append(sum(bytes_kept))
+    assert torch.equal(made[0][0], made[1][0]) and kept[1] < 0.7 * kept[0]
+    assert all(torch.equal(a, b) for a, b in zip(made[0][2], made[1][2], strict=True))
+    assert made[0][1].abs().sum() > 0
 
 
 @pytest.mark.parametrize("diffusion, number", [("sd", 77), ("sana", 256)])

@@ -57,11 +57,15 @@ def whole(parts, tmp_path_factory):  # noqa: F811
     return out
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_saves_and_ends_well(parts, whole, tmp_path, number):  # noqa: F811
-    process = start(command(parts, tmp_path))
+@pytest.mark.parametrize(
+    "number, workers", [(signal.SIGTERM, 0), (signal.SIGUSR1, 2), (signal.SIGINT, 2)]
+)
+def test_a_signal_saves_and_ends_well(parts, whole, tmp_path, number, workers):  # noqa: F811
+    """Sent to the loader's workers too, as Ctrl-C, SLURM and systemd send it."""
+    made = command(parts, tmp_path, "--workers", workers)
+    process = start(made, start_new_session=True)
     wait_for(tmp_path, 7, lambda: process.poll() is None)
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     reached = len(losses(tmp_path))

@@ -1,0 +1,67 @@
+"""The tiny world's frozen parts: how the toy MLLM is taught is how it is used."""
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoProcessor, LlavaOnevisionForConditionalGeneration
+
+from data.pretrain import Recorded, lay_out, put, scenes_to_tower, talk_loss, talk_texts
+from data.shapes import TALKS, account, random_scene, read, render, talks
+from metaquery import TINY
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    model = LlavaOnevisionForConditionalGeneration.from_pretrained(TINY / "mllm").float().eval()
+    return AutoProcessor.from_pretrained(TINY / "mllm"), model
+
+
+@pytest.mark.parametrize("sort", TALKS)
+def test_pictures_are_laid_out_as_the_real_class_does(tiny, sort):
+    """The same tokens, and the same loss, as through LLaVA-OneVision's own processor and pass."""
+    processor, model = tiny
+    rng = random.Random(3)
+    texts, scenes = talk_texts(processor.tokenizer, [talks(rng, sort) for _ in range(4)])
+    options = {"padding": True, "padding_side": "right", "return_tensors": "pt"}
+    if any(scenes):
+        images = [[render(scene) for scene in row] for row in scenes]
+        theirs = processor(text=list(texts), images=images, **options)
+    else:
+        theirs = processor.tokenizer(texts, **options)
+    ours = lay_out(processor, texts, scenes)
+    assert torch.equal(ours["input_ids"], theirs["input_ids"])
+    labels = torch.where(theirs["attention_mask"] > 0, theirs["input_ids"], -100)
+    with torch.no_grad():
+        expected = model(**theirs, labels=labels).loss
+        states = torch.zeros(0, 26, 192)
+        if any(scenes):
+            pixels = scenes_to_tower([scene for row in scenes for scene in row])
+            seen = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-1]
+            states = F.pad(model.model.multi_modal_projector(seen), (0, 0, 0, 1))
+        language, words = model.model.language_model, model.get_input_embeddings()
+        seen = put(states, ours["place"])
+        made = talk_loss(language, words, ours["input_ids"], labels, ours["place"], seen)
+    assert made.item() == pytest.approx(expected.item(), rel=0.01)
+
+
+def test_each_step_begins_from_zero_gradients():
+    """The recorded step's gradients are the batch's own, not added to those before."""
+    weight = torch.nn.Parameter(torch.tensor([2.0]))
+    step = Recorded(lambda batch: (weight * batch["x"]).square().sum(), [weight]).step
+    for x in (3.0, 5.0):
+        assert step({"x": torch.tensor([x])}).item() == pytest.approx(4 * x * x, rel=0.01)
+        assert weight.grad.item() == pytest.approx(4 * x * x, rel=0.01)
+
+
+def test_accounts_tell_each_object_truly():
+    """Every object is told of once, and shape, colour and place name the same one."""
+    rng = random.Random(0)
+    for _ in range(200):
+        scene = random_scene(rng, patterns=0.2)
+        told = account(rng, scene).split(", ")
+        assert len(told) == len(scene.objects) == len(read(render(scene))[0].objects)
+        for words in told:
+            fits = [o for o in scene.objects if o.shape in words and o.color in words]
+            assert fits, words
