@@ -439,9 +439,7 @@ def load_parts(config, dtype):
         scheduler = scheduler.from_pretrained(name, subfolder="scheduler")
     except (OSError, ValueError) as error:
         reason = f"cannot load {name} ({str(error).strip().splitlines()[0]})"
-        mend = (
-            "go online (log in if gated) or name a folder like the hub's by --mllm or --diffusion."
-        )
+        mend = "go online (log in if gated) or name a folder like the hub's: --mllm, --diffusion."
         raise InputError(f"{reason}: {mend}") from None
     return mllm, processor, diffusion, vae, scheduler
 
