@@ -7,7 +7,7 @@
 
 The plain way is one pass over prompt and queries with gradient checkpointing, the language head
 left out, and pictures encoded every step. Each figure is the median of --repeats runs with the
-least and the most; nothing here is asserted.
+least and the most; memory is what tensors take beside the weights; nothing here is asserted.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import accumulate
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,24 +99,28 @@ def timed(loss, device):
     return middle - began, now(device) - middle
 
 
-def peak(device):
-    """The most memory that this process has had so far, in GB."""
+def peak(loss, device):
+    """The most memory that the tensors of a step take at once beside those there before, in GB."""
     import torch
+    from torch.profiler import profile
 
     if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        timed(loss, device)
+        return (torch.cuda.max_memory_allocated() - before) / 1e9
+    with profile(profile_memory=True) as made:
+        timed(loss, device)
+    events = [e for e in made.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(accumulate(sizes)) / 1e9
 
 
 def measure(tokens, n, way, repeats, device, batch):
-    """Times of a step and peak memory above the weights, in GB; run in a process of its own."""
-    model = half_billion(device)
-    timed(conditions(model, 8, 8, "ours", 1), device)  # the weights are in memory and packed now
-    weights = peak(device)
-    loss = conditions(model, tokens, n, way, batch)
-    timed(loss, device)
-    times = [timed(loss, device) for _ in range(repeats)]
-    return {"times": times, "memory": peak(device) - weights}
+    """Times of a step and its peak memory above the weights; run in a process of its own."""
+    loss = conditions(half_billion(device), tokens, n, way, batch)
+    memory = peak(loss, device)
+    return {"times": [timed(loss, device) for _ in range(repeats)], "memory": memory}
 
 
 def apart(name, *values):
