@@ -13,7 +13,7 @@ STAGES = {
     "reconstruct": {"reconstruction": 1},
     "mix": CAPTION_KINDS | {"reconstruction": sum(CAPTION_KINDS.values())},
     "edit": {"edit": 1},
-    "instruct": {"reconstruction": 10, "single object": 5, "colors": 3, "two objects": 3,
+    "instruct": {"reconstruction": 10, "single object": 8, "colors": 3, "two objects": 3,
                  "counting": 4, "position": 3, "attribution": 4, "dense": 8} | SEEING,
 }  # fmt: skip
 # The recipes at the tiny size and at the paper's (§4, §5.2, §5.3): 25M pictures go eight times
