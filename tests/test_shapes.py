@@ -14,6 +14,7 @@ from data.shapes import (
     LAYOUTS,
     SHAPES,
     SIX_KINDS,
+    TALKS,
     TEXT_KINDS,
     Object,
     Scene,
@@ -125,7 +126,7 @@ def test_held_out_pairs_are_in_no_training_text():
     texts = [
         sample(kind, i).prompt for kind in TEXT_KINDS if kind != "held-out" for i in range(300)
     ]
-    turns = [turn for _ in range(1000) for turn in talks(rng)]
+    turns = [turn for sort in TALKS for _ in range(150) for turn in talks(rng, sort)]
     texts += [words for turn in turns for words in (turn.user, turn.assistant)]
     assert not [text for text in texts for name in names if name in text]
     for i in range(40):
