@@ -34,7 +34,14 @@ from transformers import HfArgumentParser, get_cosine_with_min_lr_schedule_with_
 from data.log import Log
 from data.pictures import grid
 from data.shapes import sample
-from data.sources import cache_folder, cache_latents, micro_batches, open_batches, resolution_of
+from data.sources import (
+    STOPS,
+    cache_folder,
+    cache_latents,
+    micro_batches,
+    open_batches,
+    resolution_of,
+)
 from data.stages import STAGES, recipe
 from metaquery import InputError, MetaQuery, MetaQueryConfig
 from sample import stop
@@ -170,13 +177,23 @@ def resume(model, optimizer, schedule, out, config):
     return state["step"]
 
 
+def attention(device):
+    """A context in which a device's attention is the one that trains fastest.
+
+    On a CPU the backward pass of fused bf16 attention is slower than the plain one's; on a GPU
+    cuDNN's would plan anew, for a second, at every new length of prompts.
+    """
+    fast = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel([SDPBackend.MATH] if device.type == "cpu" else fast)
+
+
 def checkpoint_layers(model):
     """Run layers of the queries' pass, the connector and the diffusion model again in the backward.
 
     The queries' pass leaves the prompt's keys and values as they were, so that it can run again.
     """
 
-    def again(forward, index=None):
+    def again(forward, index):
         def once(*inputs, past_key_values, **options):
             kept = past_key_values.layers[index]
             before = kept.keys, kept.values
@@ -264,12 +281,8 @@ def train(config, model_config):
     ready = partial(micro_batches, config=config, prepare=model.prepare, latent=latent,
                     resolution=resolution, cache=cache)  # fmt: skip
     loader = open_batches(config, kinds, ready, first, rank, world)
-    # On a CPU the backward pass of fused bf16 attention is slower than the plain one's; on a GPU
-    # cuDNN's would plan anew, for a second, at every new length of prompts.
-    fast = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    attention = [SDPBackend.MATH] if device.type == "cpu" else fast
     stopping = []
-    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for name in STOPS:
         signal.signal(name, lambda number, frame: stopping.append(number))
     log, step, ended = Log(out, config, first, rank), first, False
     with log.bar:
@@ -287,7 +300,7 @@ def train(config, model_config):
                 if not model.is_flow:
                     sigma = (sigma * model.scheduler.config.num_train_timesteps).ceil() - 1
                 with nullcontext() if number == len(batch) or world == 1 else wrapped.no_sync():
-                    with sdpa_kernel(attention), torch.autocast(device.type, torch.bfloat16):
+                    with attention(device), torch.autocast(device.type, torch.bfloat16):
                         loss = wrapped(inputs, targets, noise=noise, sigma=sigma)
                     (loss / len(batch)).backward()
                 numbers[0] += loss.detach() / len(batch) / world

@@ -35,7 +35,6 @@ from tokenizers import (
     pre_tokenizers,
     trainers,
 )
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import (
@@ -77,6 +76,7 @@ from data.shapes import (
     talks,
 )
 from metaquery import SYSTEM_PROMPT, conversation, to_device
+from train import attention
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are forks
 VISION_SIZE, VISION_PATCH = 60, 12
@@ -106,7 +106,7 @@ class Recorded:
     """
 
     def __init__(self, loss_of, parameters):
-        self.loss_of, self.parameters, self.graphs = loss_of, parameters, {}
+        self.loss_of, self.graphs = loss_of, {}
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
         self.gradients = [parameter.grad for parameter in parameters]
@@ -173,8 +173,6 @@ def fit(name, modules, make, loss_of, lr, args, evaluate=None, steps=None, ready
                         multiprocessing_context="fork" if args.workers else None)  # fmt: skip
     recorded = Recorded(loss_of, parameters)
     step_of = recorded if ready and device.type == "cuda" else recorded.step
-    fast = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    attention = [SDPBackend.MATH] if device.type == "cpu" else fast  # as in train.py
     bar = tqdm(loader, name, initial=first, total=steps, mininterval=10)
     for step, batch in enumerate(bar, first):
         if step > first and step % 500 == 0:
@@ -189,7 +187,7 @@ def fit(name, modules, make, loss_of, lr, args, evaluate=None, steps=None, ready
             for group in optimizer.param_groups:
                 group["lr"] = rate
         batch = to_device(batch, device)
-        with sdpa_kernel(attention):
+        with attention(device):
             if ready:
                 with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
                     batch = ready(batch)
@@ -634,7 +632,7 @@ def train_llm(args):
 
 def align(model, tokenizer, args):
     """Teach the projector to give each patch the embedding of the words for what it shows."""
-    embeddings = model.get_input_embeddings().weight.detach()
+    embeddings = model.get_input_embeddings().weight.detach().to(args.device)
     tower, projector = model.model.vision_tower, model.model.multi_modal_projector
 
     def make(rng):
@@ -645,7 +643,7 @@ def align(model, tokenizer, args):
     def loss_of(batch):
         with torch.no_grad():
             states = tower(batch["pixels"], output_hidden_states=True).hidden_states[-1]
-        wanted = words_to_vectors(batch["rows"], embeddings.to(args.device), tokenizer)
+        wanted = words_to_vectors(batch["rows"], embeddings, tokenizer)
         return F.mse_loss(projector(states).float(), wanted) / embeddings.var()
 
     tower.to(args.device)

@@ -448,12 +448,16 @@ def _plural(words):
     return words + ("es" if words.endswith("s") else "s")
 
 
+def _colours(item):
+    """The words for an object's colours, before its shape's and after it."""
+    core = f" with {_a(item.inner)} core" if item.pattern == "core" else ""
+    return f"half {item.color} half {item.inner}" if item.pattern == "halves" else item.color, core
+
+
 def _name(item):
     """An object's name: "red star", "half red half blue star", "red star with a blue core"."""
-    if item.pattern == "halves":
-        return f"half {item.color} half {item.inner} {item.shape}"
-    core = f" with {_a(item.inner)} core" if item.pattern == "core" else ""
-    return f"{item.color} {item.shape}{core}"
+    colour, core = _colours(item)
+    return f"{colour} {item.shape}{core}"
 
 
 def _listed(words):
@@ -854,13 +858,12 @@ def account(rng, scene):
     told = []
     for item in rng.sample(scene.objects, len(scene.objects)):
         where, ways = _WHERE[place_of(item)], []
-        core = f" with {_a(item.inner)} core" if item.pattern == "core" else ""
-        half = f"half {item.color} half {item.inner}" if item.pattern == "halves" else item.color
+        colour, core = _colours(item)
         if sum(o.shape == item.shape for o in scene.objects) == 1:
-            ways += [f"the {item.shape} is {half}{core} {where}",
-                     f"the {item.shape} {where} is {half}{core}"] * 2  # fmt: skip
+            ways += [f"the {item.shape} is {colour}{core} {where}",
+                     f"the {item.shape} {where} is {colour}{core}"] * 2  # fmt: skip
         if sum(item.color in (o.color, o.inner) for o in scene.objects) == 1:
-            ways.append(f"the {half} object is {_a(item.shape)}{core} {where}")
+            ways.append(f"the {colour} object is {_a(item.shape)}{core} {where}")
         told.append(rng.choice(ways or [f"{where} is {_a(_name(item))}"]))
     return ", ".join(told)
 

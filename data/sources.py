@@ -34,6 +34,8 @@ COLUMNS = {
 }
 SHUFFLE_BUFFER = 1000
 MOST_BROKEN = 100
+# What tells a run to finish its step, save and end.
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Shapes(Dataset):
@@ -236,7 +238,7 @@ def micro_batches(rows, config, prepare, latent, resolution, cache=None):
 
 def ignore_signals(worker):
     """A loader's worker goes on when its run is told to stop: the run still finishes its step."""
-    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for name in STOPS:
         signal.signal(name, signal.SIG_IGN)
 
 
