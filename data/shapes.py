@@ -235,15 +235,15 @@ def _two_coloured(rng, item):
     return replace(item, pattern=rng.choice(PATTERNS[1:]), inner=rng.choice(inner))
 
 
-def random_scene(rng, patterns=0.0, held_out=0.0):
-    """Any scene: 1 to 4 objects in some places of one layout, on any background.
+def random_scene(rng, patterns=0.0, held_out=0.0, least=1):
+    """Any scene: `least` (1 or 2) to 4 objects in some places of one layout, on any background.
 
     A share `patterns` of the objects has two colours (large ones only), and about a share
     `held_out` is of a held-out pair.
     """
-    layout = rng.choices(tuple(LAYOUTS), (3, 3, 2, 2, 4))[0]
+    layout = rng.choices(tuple(LAYOUTS), (3 * (least < 2), 3, 2, 2, 4))[0]
     spots = LAYOUTS[layout][0]
-    places = sorted(rng.sample(spots, rng.randint(1, len(spots))), key=spots.index)
+    places = sorted(rng.sample(spots, rng.randint(least, len(spots))), key=spots.index)
     alike = rng.random() < 0.25
     items = []
     for _ in places:
@@ -525,6 +525,11 @@ class Sample:
         return render(self.target)
 
 
+def _least(kind):
+    """The fewest objects of a kind's scenes."""
+    return 2 if kind.startswith("crowded") else 1
+
+
 def _wrapped(rng, words):
     return rng.choice(_WRAPPERS).format(words)
 
@@ -574,7 +579,7 @@ def _sample_plain(rng, kind, held_out):
 
 def _sample_dense(rng, kind, held_out):
     """A whole scene told at length, every colour, place and the background (as DPG-Bench)."""
-    scene = random_scene(rng, patterns=0.3)
+    scene = random_scene(rng, patterns=0.3, least=_least(kind))
     plain = words = describe(scene)
     if " on a " in words and rng.random() < 0.3:
         words, ground = words.rsplit(" on ", 1)
@@ -716,7 +721,7 @@ def _sample_edit(rng, kind, held_out):
     """A picture and an instruction; everything that it does not name stays as it was."""
     change = rng.choice(EDITS)
     while True:
-        scene = random_scene(rng)
+        scene = random_scene(rng, least=_least(kind))
         made = _edit_once(rng, change, scene)
         if made is not None and not _named_held_out(made[1]):
             return _edited(scene, *made)
@@ -810,7 +815,7 @@ def _sample_association(rng, kind, held_out):
 
 def _sample_reconstruct(rng, kind, held_out):
     """A picture and no words: draw it again."""
-    scene = random_scene(rng, patterns=0.1)
+    scene = random_scene(rng, patterns=0.1, least=_least(kind))
     made = _drawn(kind, "", scene, [scene])
     return replace(made, want=want_scene(scene, exact=True))
 
@@ -903,6 +908,9 @@ _MAKERS = {
     "two subjects": _sample_subject,
     "three subjects": _sample_subject,
     "association": _sample_association,
+    "crowded dense": _sample_dense,
+    "crowded reconstruction": _sample_reconstruct,
+    "crowded edit": _sample_edit,
 }
 # The kinds that captions are trained on, with weights.
 CAPTION_KINDS = {"single object": 2, "colors": 3, "two objects": 2, "counting": 3, "position": 4,
@@ -927,7 +935,8 @@ def unseen(prompt):
 def sample(kind, index, seed=0, split="train"):
     """The index-th sample of a kind. `split` "test" yields only prompts that training never has.
 
-    "held-out" is "colors" with a (shape, color) pair that no training caption names. Raises
+    "held-out" is "colors" with a (shape, color) pair that no training caption names; a "crowded"
+    kind has two objects or more, which training needs more of than they are met with. Raises
     KeyError for a kind that is not in KINDS.
     """
     rng = random.Random(f"{split} {seed} {kind} {index}")

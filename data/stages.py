@@ -7,14 +7,15 @@ from data.pictures import black
 from data.shapes import CAPTION_KINDS
 
 # What a stage draws of the embedded world, with weights; the last stage goes on with all.
-SEEING = {"edit": 24, "one subject": 12, "two subjects": 14, "three subjects": 1, "association": 3}
 STAGES = {
     "pretrain": CAPTION_KINDS,
     "reconstruct": {"reconstruction": 1},
     "mix": CAPTION_KINDS | {"reconstruction": sum(CAPTION_KINDS.values())},
     "edit": {"edit": 1},
-    "instruct": {"reconstruction": 10, "single object": 8, "colors": 3, "two objects": 3,
-                 "counting": 4, "position": 3, "attribution": 4, "dense": 8} | SEEING,
+    "instruct": {"reconstruction": 6, "crowded reconstruction": 10, "single object": 6,
+                 "colors": 1, "two objects": 2, "counting": 3, "position": 3, "attribution": 3,
+                 "dense": 3, "crowded dense": 8, "edit": 12, "crowded edit": 26, "one subject": 11,
+                 "two subjects": 11, "three subjects": 1, "association": 3},
 }  # fmt: skip
 # The recipes at the tiny size and at the paper's (§4, §5.2, §5.3): 25M pictures go eight times
 # into 48,828 steps of 4,096, and 2.4M instructions three times into 3,516 of 2,048.

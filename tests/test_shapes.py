@@ -112,6 +112,15 @@ def test_a_sample_is_its_seed_and_index():
         assert len({sample(kind, i, 5).target for i in range(20)}) > 10
 
 
+def test_crowded_kinds_have_two_objects_or_more():
+    for kind in ("dense", "edit", "reconstruction"):
+        few, many = ([sample(k, i) for i in range(200)] for k in (kind, f"crowded {kind}"))
+        few, many = (
+            [len((s.sources or [s.target])[0].objects) for s in all_] for all_ in (few, many)
+        )
+        assert min(few) == 1 and min(many) == 2 and max(many) == 4
+
+
 def test_test_prompts_are_never_trained_on():
     for kind in TEXT_KINDS:
         trained = {sample(kind, i).prompt for i in range(400)}
