@@ -70,11 +70,11 @@ class MetaQueryConfig:
                 raise InputError(f"{field.name} is {value}: it must be at least 1.")
 
     @classmethod
-    def preset(cls, size):
-        """The config of a size: "tiny", or the paper's "base", "large", "xlarge" (§4)."""
+    def preset(cls, size, **changes):
+        """The config of a size, "tiny" or the paper's "base", "large", "xlarge" (§4), changed."""
         if size not in PRESETS:
             raise InputError(f"unknown size {size!r}: choose one of {', '.join(PRESETS)}.")
-        return cls(**PRESETS[size])
+        return cls(**(PRESETS[size] | changes))
 
 
 PAPER = {"diffusion": "Efficient-Large-Model/Sana_1600M_512px_diffusers"}

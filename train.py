@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -26,11 +26,10 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 from transformers import HfArgumentParser, get_cosine_with_min_lr_schedule_with_warmup
 
+from data.layers import checkpoint_layers, choose_attention
 from data.log import Log
 from data.pictures import grid
 from data.shapes import sample
@@ -177,44 +176,6 @@ def resume(model, optimizer, schedule, out, config):
     return state["step"]
 
 
-def attention(device):
-    """A context in which a device's attention is the one that trains fastest.
-
-    On a CPU the backward pass of fused bf16 attention is slower than the plain one's; on a GPU
-    cuDNN's would plan anew, for a second, at every new length of prompts.
-    """
-    fast = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    return sdpa_kernel([SDPBackend.MATH] if device.type == "cpu" else fast)
-
-
-def checkpoint_layers(model):
-    """Run layers of the queries' pass, the connector and the diffusion model again in the backward.
-
-    The queries' pass leaves the prompt's keys and values as they were, so that it can run again.
-    """
-
-    def again(forward, index):
-        def once(*inputs, past_key_values, **options):
-            kept = past_key_values.layers[index]
-            before = kept.keys, kept.values
-            made = forward(*inputs, past_key_values=past_key_values, **options)
-            kept.keys, kept.values = before
-            return made
-
-        def run(*inputs, **options):
-            if not torch.is_grad_enabled():
-                return forward(*inputs, **options)
-            chosen = once if options.get("past_key_values") is not None else forward
-            return checkpoint(chosen, *inputs, use_reentrant=False, **options)
-
-        return run
-
-    model.diffusion.enable_gradient_checkpointing()
-    for layers in (model.connector.layers, model.mllm.get_decoder().layers):
-        for index, layer in enumerate(layers):
-            layer.forward = again(layer.forward, index)
-
-
 def draw_samples(model, stage, path):
     """Save a grid of fixed unseen cases from fixed noise, beside their pictures, if any."""
     kinds = list(STAGES[stage])
@@ -229,8 +190,11 @@ def draw_samples(model, stage, path):
     grid(shown, 8 if any(images) else 4).save(path)
 
 
-def train(config, model_config):
-    """Run a stage from its first step, or from where it was left, to its last."""
+def train(config, changes):
+    """Run a stage from its first step, or from where it was left, to its last.
+
+    `changes`, a dict, replace fields of the size's MetaQueryConfig, or of the checkpoint's.
+    """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device(config.device)
     if device.type == "cuda":
@@ -251,10 +215,10 @@ def train(config, model_config):
         )
     torch.manual_seed(config.seed)
     if config.checkpoint:
-        model = MetaQuery.from_pretrained(config.checkpoint, torch.bfloat16)
+        model = MetaQuery.from_pretrained(config.checkpoint, torch.bfloat16, **changes)
     else:
-        model = MetaQuery(model_config, torch.bfloat16)
-    model.to(device)
+        model = MetaQuery(MetaQueryConfig.preset(config.size, **changes), torch.bfloat16)
+    choose_attention(model.to(device))
     if config.gradient_checkpointing:
         checkpoint_layers(model)
     if config.compile:
@@ -300,7 +264,7 @@ def train(config, model_config):
                 if not model.is_flow:
                     sigma = (sigma * model.scheduler.config.num_train_timesteps).ceil() - 1
                 with nullcontext() if number == len(batch) or world == 1 else wrapped.no_sync():
-                    with attention(device), torch.autocast(device.type, torch.bfloat16):
+                    with torch.autocast(device.type, torch.bfloat16):
                         loss = wrapped(inputs, targets, noise=noise, sigma=sigma)
                     (loss / len(batch)).backward()
                 numbers[0] += loss.detach() / len(batch) / world
@@ -335,13 +299,15 @@ def main():
     try:
         parser = HfArgumentParser((TrainConfig, MetaQueryConfig), description=__doc__)
         parser.error = stop
-        known = parser.parse_known_args()[0]
-        parser.set_defaults(**asdict(MetaQueryConfig.preset(known.size)))
-        parser.set_defaults(**recipe(known.size, known.stage))
-        *configs, rest = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+        names = [field.name for field in fields(MetaQueryConfig)]
+        parser.set_defaults(**dict.fromkeys(names))
+        known, rest = parser.parse_known_args()
         if rest:
             raise InputError(f"unknown flag {rest[0]}: see train.py --help.")
-        train(*configs)
+        changes = {name: value for name in names if (value := getattr(known, name)) is not None}
+        parser.set_defaults(**recipe(known.size, known.stage))
+        args = parser.parse_args()
+        train(TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)}), changes)
     except InputError as error:
         stop(error)
 

@@ -59,7 +59,7 @@ def conditions(model, tokens, n, way, batch):
     """A function that makes the states of n queries after `tokens` random ones, and its loss."""
     import torch
 
-    from train import checkpoint_layers
+    from data.layers import checkpoint_layers, choose_attention
 
     device = model.queries.device
     model.queries = torch.nn.Parameter(torch.randn(n, 896, device=device) * 0.02)
@@ -73,6 +73,7 @@ def conditions(model, tokens, n, way, batch):
         return backbone(inputs_embeds=torch.cat([embeds, queries], 1)).last_hidden_state[:, -n:]
 
     if way != "plain":
+        choose_attention(model)
         if way != "ours":
             checkpoint_layers(model)
         return lambda: model.condition(inputs)[0].float().square().mean()

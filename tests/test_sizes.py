@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 from test_train import ROOT, losses
 
+from data.layers import checkpoint_layers
 from data.paper import DIFFUSIONS, MLLMS, count, meta_diffusion, meta_mllm, table
 from metaquery import PRESETS, Connector, InputError, MetaQuery, MetaQueryConfig
-from train import TrainConfig, checkpoint_layers, train
+from train import TrainConfig, train
 
 PAIRS = [("llava", "sana"), ("qwen-vl", "sana"), ("qwen", "sd")]
 
@@ -19,12 +20,12 @@ PAIRS = [("llava", "sana"), ("qwen-vl", "sana"), ("qwen", "sd")]
 @pytest.mark.parametrize("mllm, diffusion", PAIRS)
 def test_stages_save_load_and_draw(parts, tmp_path, mllm, diffusion):
     """Three steps of pretrain, then of reconstruct and edit where it sees; then a picture."""
-    config = MetaQueryConfig(str(parts / mllm), str(parts / diffusion), 4, connector_layers=1)
+    changes = {"mllm": str(parts / mllm), "diffusion": str(parts / diffusion), "num_queries": 4}
     checkpoint = ""
     for stage in ("pretrain", "reconstruct", "edit")[: 1 if mllm == "qwen" else 3]:
         out = tmp_path / stage
         recipe = {"steps": 3, "batch_size": 2, "warmup": 1, "sample_every": 100}
-        train(TrainConfig(stage=stage, out=str(out), checkpoint=checkpoint, **recipe), config)
+        train(TrainConfig(stage=stage, out=str(out), checkpoint=checkpoint, **recipe), changes)
         checkpoint = str(out)
         assert len(losses(out)) == 3 and torch.isfinite(torch.tensor(losses(out))).all()
     model = MetaQuery.from_pretrained(checkpoint)

@@ -128,6 +128,7 @@ def test_learning_lowers_the_loss(parts, tmp_path):
         (["--batch-size", "5", "--micro-batch-size", "2"], "multiple of 2"),
         (["--mllm", "/nowhere/mllm"], "--mllm"),
         (["--checkpoint", "/nowhere/run"], "/nowhere/run"),
+        (["--checkpoint", "weights/tiny", "--num-queries", "9"], "do not fit the config: queries"),
         (["--flag-that-is-not"], "flag"),
     ],
 )
