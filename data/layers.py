@@ -8,7 +8,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.pytorch_utils import softmax_backward_data
 
-PIECE = 128  # tokens that a frozen MLP takes at once where memory is to be spared
+PIECE = 512  # tokens that a frozen MLP takes at once where memory is to be spared
 
 
 class QueriesAttention(torch.autograd.Function):

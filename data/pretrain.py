@@ -525,14 +525,14 @@ def put(states, place):
     return torch.cat([states.new_zeros(1, states.shape[-1]), states])[place]
 
 
-def talk_batch(rng, processor, size, picture, multiple):
-    """`size` conversations of one sort: tokens, labels on the assistant's words, and pictures.
+def talk_batch(rng, args, processor, picture):
+    """Conversations of one sort: tokens, labels on the assistant's words, and pictures.
 
     "pictures" holds what `picture` makes of their scenes.
     """
-    tokenizer = processor.tokenizer
+    tokenizer, multiple = processor.tokenizer, 128 if args.device == "cuda" else 8
     sort = rng.choices(list(TALKS), list(TALKS.values()))[0]
-    texts, scenes = talk_texts(tokenizer, [talks(rng, sort) for _ in range(size)])
+    texts, scenes = talk_texts(tokenizer, [talks(rng, sort) for _ in range(args.batch_size)])
     inputs = lay_out(processor, texts, scenes, multiple)
     ids = inputs["input_ids"]
     before, end = tokenizer("<|im_start|>assistant\n")["input_ids"], tokenizer.eos_token_id
@@ -624,8 +624,7 @@ def train_llm(args):
     def loss_of(batch):
         return talk_loss(model.model, embedding, **batch)
 
-    options = {"size": args.batch_size, "multiple": 128 if args.device == "cuda" else 8}
-    make = partial(talk_batch, processor=processor, picture=imagined, **options)
+    make = partial(talk_batch, args=args, processor=processor, picture=imagined)
     evaluate = partial(examine, model, processor, True)
     fit("llm", [model], make, loss_of, 3e-3, args, evaluate, ready=ready)
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
@@ -692,8 +691,7 @@ def train_mllm(args):
     def loss_of(batch):
         return talk_loss(model.model.language_model, model.get_input_embeddings(), **batch)
 
-    options = {"size": args.batch_size, "multiple": 128 if args.device == "cuda" else 8}
-    make = partial(talk_batch, processor=processor, picture=picture, **options)
+    make = partial(talk_batch, args=args, processor=processor, picture=picture)
     model.model.image_newline.requires_grad_(False)
     evaluate = partial(examine, model, processor)
     fit("mllm", [model], make, loss_of, 1e-3, args, evaluate, ready=ready)

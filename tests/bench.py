@@ -124,6 +124,13 @@ def measure(tokens, n, way, repeats, device, batch):
     return {"times": [timed(loss, device) for _ in range(repeats)], "memory": memory}
 
 
+def backwards(lengths, n, repeats, device, batch):
+    """Times of our backward pass with prompts of each length in turn; in a process of its own."""
+    model = half_billion(device)
+    losses = [conditions(model, tokens, n, "ours", batch) for tokens in lengths]
+    return [[timed(loss, device)[1] for loss in losses] for _ in range(repeats + 1)][1:]
+
+
 def apart(name, *values):
     """What a function of this file returns in a fresh process."""
     code = f"import json, bench; print(json.dumps(bench.{name}(*{values!r})))"
@@ -157,14 +164,14 @@ def steps(row, tokens, n, what, *options):
 
 def backward_growth(*options):
     """(g) How our backward pass grows with the prompt."""
+    lengths = (64, 256, 1024, 2048, 4096)
     for n in (64, 256):
-        first = None
-        for tokens in (64, 256, 1024, 2048, 4096):
-            made = apart("measure", tokens, n, "ours", *options)
-            backward = statistics.median(pair[1] for pair in made["times"])
-            first = first or backward
-            print(f"(g) our backward pass, {tokens:5} prompt tokens, N={n:3}: {backward:6.3f} s, "
-                  f"{backward / first:.2f} times that of 64", flush=True)  # fmt: skip
+        rounds = apart("backwards", lengths, n, *options)
+        for tokens, times in zip(lengths, zip(*rounds, strict=True), strict=True):
+            growth = sorted(time / made[0] for time, made in zip(times, rounds, strict=True))
+            print(f"(g) our backward pass, {tokens:5} prompt tokens, N={n:3}: "
+                  f"{statistics.median(times):6.3f} s, {statistics.median(growth):.2f} times that "
+                  f"of 64 ({growth[0]:.2f} to {growth[-1]:.2f})", flush=True)  # fmt: skip
 
 
 def cold():

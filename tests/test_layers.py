@@ -76,8 +76,9 @@ def test_a_trained_mllm_keeps_its_prompts_gradients(build):
             torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-9)
 
 
-def test_a_long_prompt_goes_through_mlps_in_pieces(build):
-    """Checkpointed layers take at most 128 tokens at once, and the states stay the same."""
+def test_a_long_prompt_goes_through_mlps_in_pieces(build, monkeypatch):
+    """Checkpointed layers take at most so many tokens at once, and the states stay the same."""
+    monkeypatch.setattr("data.layers.PIECE", 128)
     model, most = build("qwen", dtype=torch.float64), []
     choose_attention(model)
     prompt = ["star " * 150]
