@@ -66,11 +66,12 @@ def choose_attention(model):
     takes two to four times as long over the queries' pass as `QueriesAttention`; on a GPU cuDNN's
     would plan anew, for a second, at every new length of prompts.
     """
-    on_cpu = model.queries.device.type == "cpu"
+    on_cpu, decoder = model.queries.device.type == "cpu", model.mllm.get_decoder()
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.backends.cuda.enable_flash_sdp(not on_cpu)
-    if on_cpu and not model.config.train_mllm:
-        model.mllm.get_decoder().set_attn_implementation("queries")
+    # A model that has no "sdpa" attends in some way of its own.
+    if on_cpu and not model.config.train_mllm and decoder.config._attn_implementation == "sdpa":
+        decoder.set_attn_implementation("queries")
 
 
 def checkpoint_layers(model):

@@ -52,6 +52,7 @@ def test_training_attention_changes_no_figure(build, mllm, condition):
     for chosen in (False, True):
         if chosen:
             choose_attention(model)
+            assert model.mllm.get_decoder().config._attn_implementation == "queries"
         model.zero_grad()
         states = model.condition(PROMPTS, images)[0]
         weights = torch.randn_like(states) if weights is None else weights
