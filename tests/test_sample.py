@@ -108,12 +108,12 @@ def test_the_readmes_sentence_becomes_its_picture(tiny):
 @pytest.mark.parametrize(
     "kind, share",
     [
-        ("reconstruction", 0.65),
-        ("edit", 0.55),
-        ("one subject", 0.6),
-        ("two subjects", 0.5),
-        ("three subjects", 0.6),
-        ("association", 0.7),
+        ("reconstruction", 0.7),
+        ("edit", 0.7),
+        ("one subject", 0.75),
+        ("two subjects", 0.65),
+        ("three subjects", 0.8),
+        ("association", 0.8),
     ],
 )
 def test_pictures_in_become_right_pictures(tiny, kind, share):
