@@ -84,6 +84,7 @@ class TrainConfig:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
     def __post_init__(self):
+        MetaQueryConfig.preset(self.size)  # a size that is not is refused with a checkpoint too
         if self.stage not in STAGES:
             raise InputError(f"unknown stage {self.stage!r}: choose one of {', '.join(STAGES)}.")
         if self.stage in ("edit", "instruct") and not self.checkpoint:
