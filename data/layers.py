@@ -59,16 +59,24 @@ transformers.AttentionInterface.register("queries", attend)
 transformers.AttentionMaskInterface.register("queries", sdpa_mask)
 
 
+def choose_kernels(device):
+    """Choose the library's attention kernels that train fastest on a device.
+
+    On a CPU the fused kernel's backward pass is slower than the plain one's; on a GPU cuDNN's
+    would plan anew, for a second, at every new length of prompts.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cuda.enable_flash_sdp(device.type != "cpu")
+
+
 def choose_attention(model):
     """Choose the attention that trains fastest on the model's device.
 
-    On a CPU the fused kernel's backward pass is slower than the plain one's, and the plain one
-    takes two to four times as long over the queries' pass as `QueriesAttention`; on a GPU cuDNN's
-    would plan anew, for a second, at every new length of prompts.
+    On a CPU the library's takes two to four times as long over the queries' pass as
+    `QueriesAttention`.
     """
+    choose_kernels(model.queries.device)
     on_cpu, decoder = model.queries.device.type == "cpu", model.mllm.get_decoder()
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    torch.backends.cuda.enable_flash_sdp(not on_cpu)
     # A model that has no "sdpa" attends in some way of its own.
     if on_cpu and not model.config.train_mllm and decoder.config._attn_implementation == "sdpa":
         decoder.set_attn_implementation("queries")

@@ -52,6 +52,7 @@ from transformers import (
 )
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from data.layers import choose_kernels
 from data.pictures import grid
 from data.shapes import (
     BACKGROUNDS,
@@ -149,10 +150,7 @@ def fit(name, modules, make, loss_of, lr, args, evaluate=None, steps=None, ready
     the next call goes on.
     """
     steps, device = steps or args.steps, torch.device(args.device)
-    # On a CPU the fused attention's backward pass is slower than the plain one's; on a GPU cuDNN's
-    # would plan anew at every new length.
-    torch.backends.cuda.enable_flash_sdp(device.type == "cuda")
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    choose_kernels(device)
     named = [item for module in modules for item in module.to(device).named_parameters()]
     parameters = [p for _, p in named if p.requires_grad]
     matrices = [p for n, p in named if p.requires_grad and p.ndim == 2 and "layers." in n]
