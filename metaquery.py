@@ -1,10 +1,21 @@
-"""MetaQuery: learnable queries transfer a frozen multimodal LLM's knowledge to a diffusion model.
+"""MetaQuery: learnable queries carry a frozen multimodal LLM's knowledge to a diffusion model.
 
-"Transfer between Modalities with MetaQueries" (Pan et al., 2025), in one file: config, connector,
-then the model: queries, frozen forward, loss, sampling. Sizes differ by a preset alone.
+"Transfer between Modalities with MetaQueries" (Pan et al., 2025), in one file that needs no other:
 
-    model = MetaQuery.from_pretrained("weights/tiny")
-    picture = model.generate(["a red star left of a blue circle"])[0]
+    system prompt, pictures, text, "assistant:"      N learnable queries (trained)
+                     │                                       │
+            ┌────────▼───────────────────────────────────────▼────────┐
+            │       multimodal LLM, causal mask, weights frozen       │
+            │  pass 1: prompt → keys, values     pass 2: the queries  │
+            └────────────────────────────────────────────┬────────────┘
+                                                         │ last hidden states (B, N, d)
+                                                connector (trained)
+                                                         │ condition (B, N, c)
+                         noise ──────────────► diffusion model (trained) ──► VAE decoder ──► picture
+
+Frozen means that no *weight* of the LLM changes. Gradient still flows *through* it: the loss
+reaches the queries by way of all its layers, as in prompt tuning.
+B prompts, T prompt tokens, N queries, L condition tokens; d MLLM width, c caption width.
 """
 
 import json
@@ -18,6 +29,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import diffusers
+import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
@@ -27,39 +39,25 @@ from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
-
-from data.pictures import black, rgb
-
-SYSTEM_PROMPT = (
-    "You will be given an image or its caption. "
-    "Please describe the content of the image in detail in your own words."
-)
-MAX_PROMPT_TOKENS, MAX_PICTURES = 256, 6
-TINY = Path(__file__).resolve().parent / "weights" / "tiny"
 
 
+# ---- 1. Config and presets -----------------------------------------------------------------------
 class InputError(ValueError):
-    """Bad input that a person can mend; its text is one line that says what is wrong and how."""
+    """An error the user can fix. Its text is one line: what is wrong, and what to do."""
 
 
 @dataclass
 class MetaQueryConfig:
-    """What defines a MetaQuery model. Components are named by a hub id or a folder (§3, §4).
+    """What defines a MetaQuery model (paper §3). Every field is a flag of train.py."""
 
-    diffusion: with its VAE and scheduler. num_queries: N. connector: "enc-proj" or "proj-enc"
-    (Table 3). condition (Table 1): "queries", "random" (queries that are not trained) or
-    "last_layer" (the prompt's own states). train_mllm, train_diffusion: what else is (Table 2).
-    """
-
-    mllm: str = str(TINY / "mllm")
-    diffusion: str = str(TINY / "diffusion")
-    num_queries: int = 16
-    connector: Literal["enc-proj", "proj-enc"] = "enc-proj"
-    connector_layers: int = 3
-    condition: Literal["queries", "random", "last_layer"] = "queries"
-    train_mllm: bool = False
-    train_diffusion: bool = True
+    mllm: str  # hub id or folder: LLaVA-OneVision, Qwen2.5-VL or a text-only ChatML model
+    diffusion: str  # hub id or folder: Sana or Stable Diffusion, with its VAE and scheduler
+    num_queries: int = 256  # N, how many learnable queries
+    connector: Literal["enc-proj", "proj-enc"] = "enc-proj"  # Table 3
+    connector_layers: int = 24  # transformer layers of the connector
+    condition_on: Literal["queries", "random", "last_layer"] = "queries"  # Table 1
+    train_mllm: bool = False  # Table 2: the paper keeps the MLLM frozen
+    train_diffusion: bool = True  # Table 2: tuning the diffusion model helps
 
     def __post_init__(self):
         for field in fields(self):
@@ -71,184 +69,305 @@ class MetaQueryConfig:
 
     @classmethod
     def preset(cls, size, **changes):
-        """The config of a size, "tiny" or the paper's "base", "large", "xlarge" (§4), changed."""
+        """The config of a size, a key of PRESETS, with some fields changed."""
         if size not in PRESETS:
             raise InputError(f"unknown size {size!r}: choose one of {', '.join(PRESETS)}.")
         return cls(**(PRESETS[size] | changes))
 
 
-PAPER = {"diffusion": "Efficient-Large-Model/Sana_1600M_512px_diffusers"}
-PAPER |= {"num_queries": 256, "connector_layers": 24}
+TINY = Path(__file__).resolve().parent / "weights" / "tiny"
+SANA = "Efficient-Large-Model/Sana_1600M_512px_diffusers"
 PRESETS = {
-    "tiny": {},
-    "base": PAPER | {"mllm": "llava-hf/llava-onevision-qwen2-0.5b-ov-hf"},
-    "large": PAPER | {"mllm": "Qwen/Qwen2.5-VL-3B-Instruct"},
-    "xlarge": PAPER | {"mllm": "Qwen/Qwen2.5-VL-7B-Instruct"},
-}
+    "tiny": {"mllm": str(TINY / "mllm"), "diffusion": str(TINY / "diffusion"),
+             "num_queries": 16, "connector_layers": 3},
+    "base": {"mllm": "llava-hf/llava-onevision-qwen2-0.5b-ov-hf", "diffusion": SANA},
+    "large": {"mllm": "Qwen/Qwen2.5-VL-3B-Instruct", "diffusion": SANA},
+    "xlarge": {"mllm": "Qwen/Qwen2.5-VL-7B-Instruct", "diffusion": SANA},
+}  # fmt: skip
+
+# ---- 2. From prompts to the MLLM's inputs --------------------------------------------------------
+#
+# A prompt with one picture; the N queries come next, where the MLLM would begin its description:
+#
+#   <|im_start|>system
+#   You will be given an image or its caption. Please describe ... in your own words.<|im_end|>
+#   <|im_start|>user
+#   <image>
+#   make the star green<|im_end|>
+#   <|im_start|>assistant
+
+SYSTEM_PROMPT = """You will be given an image or its caption. Please describe the content of the \
+image in detail in your own words."""
+MAX_PROMPT_TOKENS = 256  # of the user's text; what follows is cut off
+MAX_PICTURES = 6  # in one prompt, as in the paper's instruction data (§4)
+MAX_ASPECT_RATIO = 100  # Qwen2.5-VL's processor refuses 200
+QWEN_PIXELS = {"shortest_edge": 256 * 28 * 28, "longest_edge": 1280 * 28 * 28}  # a token: 28 × 28
+
+
+def prepare_inputs(processor, mllm_config, prompts, images=None, system=SYSTEM_PROMPT):
+    """Tokenize B prompts as chats, padded on the left: a dict of tensors. It needs no weights.
+
+    images: per prompt a list of PIL images, or None. With system=None, to ask the MLLM itself, they
+    stay uncropped. Raises InputError if there are too many, or the MLLM reads text only."""
+    takes_images = hasattr(mllm_config, "vision_config")
+    tokenizer = getattr(processor, "tokenizer", processor)
+    images = [[to_rgb(picture) for picture in row or []] for row in images or [None] * len(prompts)]
+    if any(images) and not takes_images:
+        raise InputError("this MLLM reads text only: use LLaVA-OneVision or Qwen2.5-VL.")
+    if max(map(len, images)) > MAX_PICTURES:
+        raise InputError(f"too many pictures for one prompt: give at most {MAX_PICTURES}.")
+    texts = [clean_prompt(tokenizer, prompt) for prompt in prompts]
+    rows = zip(texts, images, strict=True)
+    chats = [conversation(text, len(row), system, takes_images) for text, row in rows]
+    texts = processor.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+    options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+    if not any(images):
+        return tokenizer(texts, **options)
+    if system and mllm_config.model_type == "llava_onevision":
+        square = (mllm_config.vision_config.image_size,) * 2  # short side resized, centre cropped
+        images = [[ImageOps.fit(picture, square) for picture in row] for row in images]
+    elif system:
+        options["size"] = QWEN_PIXELS
+    return processor(text=texts, images=images, **options)
+
+
+def conversation(prompt, pictures=0, system=SYSTEM_PROMPT, as_parts=False):
+    """Chat messages: so many pictures, then the text, also when it is empty; as lists of parts, or
+    as plain strings for the templates of text-only models."""
+    parts = [{"type": "image"}] * pictures + [{"type": "text", "text": prompt}]
+    user = {"role": "user", "content": parts if as_parts or pictures else prompt}
+    system_content = [{"type": "text", "text": system}] if as_parts else system
+    return [user] if system is None else [{"role": "system", "content": system_content}, user]
+
+
+def clean_prompt(tokenizer, prompt):
+    """A prompt without the tokenizer's special tokens, cut at MAX_PROMPT_TOKENS with a warning."""
+    for token in tokenizer.all_special_tokens:
+        prompt = prompt.replace(token, " ")
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    if len(ids) <= MAX_PROMPT_TOKENS:
+        return prompt
+    warnings.warn(f"prompt cut from {len(ids)} to {MAX_PROMPT_TOKENS} tokens", stacklevel=4)
+    return tokenizer.decode(ids[:MAX_PROMPT_TOKENS])
+
+
+def to_rgb(picture):
+    """A PIL image of any mode as it looks: upright, RGB, 8 bits, transparent parts white."""
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):  # 16 bits: 0 to 65,535
+        picture = Image.fromarray((np.asarray(picture) / 257).clip(0, 255).astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    w, h = picture.size
+    if max(w, h) > MAX_ASPECT_RATIO * min(w, h):
+        picture = ImageOps.fit(
+            picture, (min(w, MAX_ASPECT_RATIO * h), min(h, MAX_ASPECT_RATIO * w))
+        )
+    return picture.convert("RGB")
+
+
+def black_like(pictures):
+    """Black pictures of the same sizes: what stands for a dropped picture."""
+    return [Image.new("RGB", to_rgb(picture).size) for picture in pictures]
+
+
+def drop_conditions(prompt, images, u, stage):
+    """(prompt, images) of one training sample, some of it dropped by a uniform u in [0, 1).
+
+    Guidance needs the prediction *without* a condition, so the model must see some such samples: a
+    tenth lose what they have; of instructions a tenth the text, a tenth both, a tenth pictures."""
+    if not images:
+        return "" if u < 0.1 else prompt, images
+    if stage == "instruct" and prompt:
+        return "" if u < 0.2 else prompt, black_like(images) if 0.1 <= u < 0.3 else images
+    return prompt, black_like(images) if u < 0.1 else images
+
+
+def to_device(inputs, device):
+    """Move inputs to a device, except for those that LLaVA-OneVision reads on the CPU."""
+    cpu = ("image_sizes", "batch_num_images")
+    return {n: x if n in cpu else x.to(device, non_blocking=True) for n, x in inputs.items()}
+
+
+# ---- 3. The connector ----------------------------------------------------------------------------
+HEAD_DIM = 64  # of each attention head
+ROPE_BASE = 10_000  # θ of the rotary position embedding
+INIT_STD = 0.014  # of linear weights
+
+
+def rotate(x, cos, sin):
+    """Rotary embedding: turn each pair (x_i, x_{i+32}) of x (B, heads, L, 64) by its angle."""
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
 
 
 class ConnectorLayer(nn.Module):
-    """A Qwen2-style transformer layer without a causal mask (§3.3)."""
+    """A Qwen2-style transformer layer that looks both ways: no causal mask (§3.3)."""
 
-    def __init__(self, dim):
+    def __init__(self, width):
         super().__init__()
-        self.attention_norm, self.mlp_norm = (nn.RMSNorm(dim, eps=1e-6) for _ in range(2))
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.query_norm, self.key_norm = nn.RMSNorm(64, eps=1e-6), nn.RMSNorm(64, eps=1e-6)
-        self.out = nn.Linear(dim, dim, bias=False)
-        self.gate, self.up = (nn.Linear(dim, 4 * dim, bias=False) for _ in range(2))
-        self.down = nn.Linear(4 * dim, dim, bias=False)
+        self.attention_norm = nn.RMSNorm(width, eps=1e-6)
+        self.mlp_norm = nn.RMSNorm(width, eps=1e-6)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.query_norm = nn.RMSNorm(HEAD_DIM, eps=1e-6)
+        self.key_norm = nn.RMSNorm(HEAD_DIM, eps=1e-6)
+        self.out = nn.Linear(width, width, bias=False)
+        self.gate = nn.Linear(width, 4 * width, bias=False)
+        self.up = nn.Linear(width, 4 * width, bias=False)
+        self.down = nn.Linear(4 * width, width, bias=False)
 
     def forward(self, x, cos, sin, mask):
-        """x (B, L, dim); cos, sin (1, L, 64); mask (B, 1, 1, L) bool, False at padding, or None."""
-        heads = self.qkv(self.attention_norm(x)).unflatten(-1, (3, -1, 64)).transpose(1, 3)
-        q, k, v = heads.unbind(2)
-        q, k = apply_rotary_pos_emb(q, k, cos, sin)
-        q, k = self.query_norm(q).to(v.dtype), self.key_norm(k).to(v.dtype)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        """x (B, L, width); cos, sin (L, 64); mask (B, 1, 1, L), False at padding, or None."""
+        qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (3, -1, HEAD_DIM))  # (B, L, 3, h, 64)
+        q, k, v = qkv.transpose(1, 3).unbind(2)  # each (B, heads, L, 64)
+        q = self.query_norm(rotate(q, cos, sin)).to(v.dtype)
+        k = self.key_norm(rotate(k, cos, sin)).to(v.dtype)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, heads, L, 64)
+        x = x + self.out(attended.transpose(1, 2).flatten(2))  # (B, L, width)
         h = self.mlp_norm(x)
-        return x + self.down(F.silu(self.gate(h)) * self.up(h))
+        return x + self.down(F.silu(self.gate(h)) * self.up(h))  # (B, L, width)
 
 
 class Connector(nn.Module):
-    """Maps MLLM states (B, L, dim) to conditions (B, L, condition_dim) for diffusion (§3.3).
+    """Maps MLLM states (B, L, d) to the condition (B, L, c) of the diffusion model (§3.3, Table 3).
 
-    "enc-proj" runs the bidirectional encoder at the MLLM's width, then projects; "proj-enc"
-    projects first (Table 3). `gain` starts the last norm: √5.5 suits Sana, 1 Stable Diffusion.
-    Raises InputError where the encoder's width is no multiple of 64, its head size.
-    """
+    "enc-proj" runs its layers at the MLLM's width d, then projects to c; "proj-enc" projects first.
+    `gain` starts the last norm. Raises InputError if the width is not a multiple of HEAD_DIM."""
 
-    def __init__(self, dim, condition_dim, layers=24, design="enc-proj", gain=1.0):
+    def __init__(self, d, c, layers=24, design="enc-proj", gain=1.0):
         super().__init__()
-        self.design, width = design, dim if design == "enc-proj" else condition_dim
-        if width % 64:
-            raise InputError(f"the connector's width {width} is no multiple of its head size, 64.")
+        self.design = design
+        width = d if design == "enc-proj" else c
+        if width % HEAD_DIM:
+            raise InputError(f"the connector's width {width} is not a multiple of {HEAD_DIM}.")
         self.layers = nn.ModuleList(ConnectorLayer(width) for _ in range(layers))
-        self.projection = nn.Sequential(
-            nn.Linear(dim, condition_dim), nn.GELU("tanh"), nn.Linear(condition_dim, condition_dim)
-        )
-        self.norm = nn.RMSNorm(condition_dim, eps=1e-5)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.014)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        self.projection = nn.Sequential(nn.Linear(d, c), nn.GELU("tanh"), nn.Linear(c, c))
+        self.norm = nn.RMSNorm(c, eps=1e-5)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                nn.init.normal_(parameter, std=INIT_STD)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
         nn.init.constant_(self.norm.weight, gain)
 
     def forward(self, x, mask=None):
-        """x (B, L, dim) and a mask (B, L) of its real tokens, or None, to (B, L, condition_dim)."""
-        x = self.projection(x) if self.design == "proj-enc" else x
-        frequencies = 10_000 ** (-torch.arange(0, 64, 2, device=x.device).float() / 64)
-        angles = torch.arange(x.shape[1], device=x.device).float()[None, :, None] * frequencies
-        cos, sin = (f(angles).repeat(1, 1, 2).to(x.dtype) for f in (torch.cos, torch.sin))
-        mask = None if mask is None else mask[:, None, None].bool()
+        """x (B, L, d); mask (B, L), 0 at padding, or None. Returns (B, L, c)."""
+        if self.design == "proj-enc":
+            x = self.projection(x)  # (B, L, c)
+        frequencies = ROPE_BASE ** (-torch.arange(0, HEAD_DIM, 2, device=x.device) / HEAD_DIM)
+        angles = torch.arange(x.shape[1], device=x.device)[:, None] * frequencies  # (L, 32)
+        angles = angles.repeat(1, 2)  # (L, 64)
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        mask = None if mask is None else mask[:, None, None].bool()  # (B, 1, 1, L)
         for layer in self.layers:
             x = layer(x, cos, sin, mask)
-        x = self.projection(x) if self.design == "enc-proj" else x
-        return self.norm(x.to(self.norm.weight.dtype))
+        if self.design == "enc-proj":
+            x = self.projection(x)  # (B, L, c)
+        return self.norm(x.to(self.norm.weight.dtype))  # (B, L, c)
 
 
+# ---- 4. The model --------------------------------------------------------------------------------
 class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit"):
     """Learnable queries, a frozen MLLM, a connector and a diffusion model (Figure 1).
 
     Attributes: queries (N, d), mllm, processor, connector, diffusion, vae, scheduler, config.
-    Frozen parts are kept in `dtype`, trained ones in float32. Raises InputError on a bad part.
-    """
+    Frozen parts are kept in `dtype`, trained ones in float32."""
 
     def __init__(self, config, dtype=torch.float32):
         super().__init__()
         self.config = config
-        self.mllm, self.processor, self.diffusion, *rest = load_parts(config, dtype)
-        self.vae, self.scheduler = rest
+        self.mllm, self.processor = load_mllm(config, dtype)
+        self.diffusion, self.vae, self.scheduler = load_diffusion(config, dtype)
         self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
-        self.prepare = partial(prepare, self.processor, self.mllm.config)
-        self.sees = hasattr(self.mllm.config, "vision_config")
+        self.prepare_inputs = partial(prepare_inputs, self.processor, self.mllm.config)
+        self.takes_images = hasattr(self.mllm.config, "vision_config")
         self.is_flow = "flow" in str(self.scheduler.config.get("prediction_type"))
-        z, width = self.vae.config, condition_width(self.diffusion)
-        self.scale, self.shift = z.scaling_factor, z.get("shift_factor") or 0
+        self.shift = self.vae.config.get("shift_factor") or 0
+        self.scale = self.vae.config.scaling_factor
         d = self.mllm.config.get_text_config().hidden_size
-        gain = 5.5**0.5 if "caption_channels" in self.diffusion.config else 1.0
-        self.queries = nn.Parameter(torch.randn(config.num_queries, d) * 0.02)
-        self.connector = Connector(d, width, config.connector_layers, config.connector, gain)
-        self.queries.requires_grad_(config.condition == "queries")
-        self.vae.requires_grad_(False)
+        c = caption_width(self.diffusion)
+        gain = 5.5**0.5 if "caption_channels" in self.diffusion.config else 1.0  # Sana, or SD
+        self.queries = nn.Parameter(torch.randn(config.num_queries, d) * 0.02)  # (N, d)
+        self.connector = Connector(d, c, config.connector_layers, config.connector, gain)
+        self.queries.requires_grad_(config.condition_on == "queries")
         self.mllm.requires_grad_(config.train_mllm)
         self.diffusion.requires_grad_(config.train_diffusion)
+        self.vae.requires_grad_(False)
 
-    def condition(self, prompts, images=None):
-        """Conditions for the diffusion model (§3.1): (B, L, c), and its mask (B, L) or None.
+    def encode_prompts(self, prompts, images=None):
+        """The condition for the diffusion model: cond (B, L, c) and its mask (B, L) or None (§3.1).
 
-        `prompts` may be what `prepare` made of them. L is N for queries (mask None), the prompt's
-        length for "last_layer". The prompt is run once without gradient for its keys and values;
-        only the queries are run with gradient, against them. Under a causal mask no prompt token
-        sees a query: this is exact, and the backward pass costs N tokens for prompts of any length.
-        """
-        inputs = prompts if isinstance(prompts, Mapping) else self.prepare(prompts, images)
+        prompts: B strings, or what `prepare_inputs` made of them; images: per prompt a list of PIL
+        images, or None. L is N, or the prompts' length T for condition_on "last_layer"."""
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        inputs = prompts if isinstance(prompts, Mapping) else self.prepare_inputs(prompts, images)
         inputs = to_device(inputs, self.queries.device)
-        mask, backbone = inputs.pop("attention_mask"), self.mllm.base_model
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        if "image_grid_thw" in inputs:  # Qwen2.5-VL counts along time, height and width (3, B, L)
+        backbone = self.mllm.base_model  # the MLLM without its language head
+        mask = inputs.pop("attention_mask")  # (B, T), 0 at padding
+
+        # Positions count the real tokens, so that padding on the left changes nothing:
+        #   tokens      pad pad  a  red star | q0  q1  q2
+        #   mask         0   0   1   1   1   |  1   1   1
+        #   positions    0   0   0   1   2   |  3   4   5
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)  # (B, T)
+        if "image_grid_thw" in inputs:  # Qwen2.5-VL counts in time, height and width
             ids = {name: value for name, value in inputs.items() if name != "pixel_values"}
-            positions = backbone.get_rope_index(**ids, attention_mask=mask)[0]
+            positions = backbone.get_rope_index(**ids, attention_mask=mask)[0]  # (3, B, T)
+
+        # Pass 1: the prompt alone. The mask is causal: no prompt token can see a query, so its keys
+        # and values are the same with and without queries, and no gradient to a query crosses them.
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.train_mllm):
             prompt = backbone(**inputs, attention_mask=mask, position_ids=positions, use_cache=True)
-        trained = self.connector.norm.weight.dtype
-        if self.config.condition == "last_layer":
-            return self.connector(prompt.last_hidden_state.to(trained), mask), mask
-        queries = self.queries.to(self.mllm.dtype).expand(len(mask), -1, -1)
-        after = 1 + torch.arange(len(self.queries), device=mask.device)
-        hidden = backbone(
-            inputs_embeds=queries, past_key_values=prompt.past_key_values, use_cache=True,
-            attention_mask=torch.cat([mask, mask.new_ones(queries.shape[:2])], 1),
-            position_ids=positions.amax(-1, keepdim=True) + after,
-        ).last_hidden_state  # fmt: skip
-        return self.connector(hidden.to(trained)), None
+        if self.config.condition_on == "last_layer":
+            hidden = prompt.last_hidden_state.to(self.connector.norm.weight.dtype)  # (B, T, d)
+            return self.connector(hidden, mask), mask
 
-    @torch.no_grad()
-    def encode_latents(self, pixels):
-        """Pictures (B, 3, H, W) in [-1, 1] to latents (B, C, h, w): (z − shift)·scale, float32."""
-        encoded = self.vae.encode(pixels.to(self.vae.dtype))
-        z = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
-        return ((z - self.shift) * self.scale).float()
-
-    @torch.no_grad()
-    def decode_latents(self, latents):
-        """Latents (B, C, h, w) to PIL pictures."""
-        z = (latents / self.scale + self.shift).to(self.vae.dtype)
-        pixels = self.vae.decode(z).sample.float().clamp(-1, 1)
-        arrays = ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        return [Image.fromarray(array) for array in arrays]
-
-    def denoise(self, x, timestep, condition, mask):
-        """The diffusion model's prediction for noisy latents x (B, C, h, w) at timestep (B,)."""
-        return self.diffusion(
-            x, encoder_hidden_states=condition, timestep=timestep, encoder_attention_mask=mask
-        ).sample.float()
+        # Pass 2: the queries, with gradient, against these keys and values. It equals one pass, but
+        # its backward pass costs N tokens, however long the prompt is. The same in one pass:
+        #   words = self.mllm.get_input_embeddings()(input_ids)  # (B, T, d)
+        #   both = backbone(inputs_embeds=torch.cat([words, queries], 1), attention_mask=full_mask)
+        #   hidden = both.last_hidden_state[:, -N:]
+        queries = self.queries.to(self.mllm.dtype).expand(len(mask), -1, -1)  # (B, N, d)
+        full_mask = torch.cat([mask, mask.new_ones(queries.shape[:2])], 1)  # (B, T + N)
+        steps = 1 + torch.arange(queries.shape[1], device=mask.device)  # (N,)
+        positions = positions.amax(-1, keepdim=True) + steps  # (B, N) or (3, B, N)
+        cache = prompt.past_key_values
+        outputs = backbone(inputs_embeds=queries, past_key_values=cache, attention_mask=full_mask,
+                           position_ids=positions, use_cache=True)  # fmt: skip
+        hidden = outputs.last_hidden_state.to(self.connector.norm.weight.dtype)  # (B, N, d)
+        return self.connector(hidden), None
 
     def forward(self, prompts, targets, images=None, noise=None, sigma=None):
-        """The loss of drawing `targets` (B, 3, H, W) in [-1, 1] from `prompts` and `images` (§3.1).
+        """The training loss, a scalar: how well `targets` are drawn from `prompts` and `images`.
 
-        Flow matching (Sana): σ uniform on (0, 1], x_σ = (1 − σ)·x + σ·ε, timestep 1000·σ, target
-        ε − x. Diffusion (Stable Diffusion 1.5): the scheduler's forward process at a whole
-        timestep, target ε, or v as its config says. noise (B, C, h, w) is ε; sigma (B,) is σ or
-        the timestep; targets may be latents (B, C, h, w) instead.
-        """
-        x = self.encode_latents(targets) if targets.shape[1] == 3 else targets
+        targets (B, 3, H, W) in [-1, 1]. noise (B, C, h, w) is ε, sigma (B,) is σ in (0, 1], for
+        Stable Diffusion the integer timestep; both are random unless given."""
+        x = self.encode_latents(targets)  # (B, C, h, w)
         noise = torch.randn_like(x) if noise is None else noise
-        condition, mask = self.condition(prompts, images)
+        cond, cond_mask = self.encode_prompts(prompts, images)  # (B, L, c)
         if self.is_flow:
-            sigma = 1 - torch.rand(len(x), device=x.device) if sigma is None else sigma
+            sigma = 1 - torch.rand(len(x), device=x.device) if sigma is None else sigma  # in (0, 1]
             s = sigma.view(-1, 1, 1, 1)
-            noisy, timestep, target = (1 - s) * x + s * noise, 1000 * sigma, noise - x
+            noisy = (1 - s) * x + s * noise  # x_σ = (1 − σ)·x + σ·ε
+            timestep = 1000 * sigma
+            target = noise - x  # the velocity dx_σ/dσ = ε − x
         else:
             if sigma is None:
                 sigma = torch.randint(self.scheduler.config.num_train_timesteps, (len(x),))
             timestep = sigma.long().to(x.device)
-            noisy, target = self.scheduler.add_noise(x, noise, timestep), noise
+            noisy = self.scheduler.add_noise(x, noise, timestep)  # x_t = √ᾱ_t·x + √(1 − ᾱ_t)·ε
+            target = noise  # ε
             if self.scheduler.config.prediction_type == "v_prediction":
-                target = self.scheduler.get_velocity(x, noise, timestep)
-        return F.mse_loss(self.denoise(noisy, timestep, condition, mask), target)
+                target = self.scheduler.get_velocity(x, noise, timestep)  # √ᾱ_t·ε − √(1 − ᾱ_t)·x
+        return F.mse_loss(self.denoise(noisy, timestep, cond, cond_mask), target)
+
+    def denoise(self, x, timestep, cond, cond_mask):
+        """The diffusion model's prediction (B, C, h, w) for noisy latents x at timestep (B,)."""
+        dtype = self.diffusion.dtype
+        x, cond = x.to(dtype), cond.to(dtype)
+        return self.diffusion(x, timestep=timestep, encoder_hidden_states=cond,
+                              encoder_attention_mask=cond_mask).sample.float()  # fmt: skip
 
     @torch.no_grad()
     def generate(self, prompts, images=None, negative_prompt="", num_inference_steps=30,
@@ -256,195 +375,174 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
                  generator=None):  # fmt: skip
         """Draw pictures: a list of PIL images, `num_images_per_prompt` for each prompt in turn.
 
-        Guidance: v(neg) + g·(v(text) − v(neg)); g = 1 needs no second branch. With pictures:
-        v(neg, black) + g_img·(v(neg, pic) − v(neg, black)) + g·(v(text, pic) − v(neg, pic)), and
-        image_guidance_scale ≤ 1 drops the first branch. `generator` seeds the starting noise.
-        """
+        images: per prompt a list of PIL images, or None. No guidance: guidance_scale g = 1,
+        image_guidance_scale g_img ≤ 1. `generator` seeds the noise, as in a diffusers pipeline."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        images = [[rgb(p) for p in row or []] for row in images or [None] * len(prompts)]
-        negative, weights = [negative_prompt] * len(prompts), [guidance_scale]
-        texts, pictures = prompts, images
-        if any(images) and image_guidance_scale > 1:
-            texts, pictures = texts + negative * 2, pictures + images + black(images)
-            weights += [image_guidance_scale - guidance_scale, 1 - image_guidance_scale]
-        elif guidance_scale != 1:
-            texts, pictures = texts + negative, pictures + images
-            weights.append(1 - guidance_scale)
-        condition, mask = self.condition(texts, pictures)
-        condition = condition.repeat_interleave(num_images_per_prompt, 0)
-        mask = None if mask is None else mask.repeat_interleave(num_images_per_prompt, 0)
+        images = [row or [] for row in images or [[]] * len(prompts)]
+        negative = [negative_prompt] * len(prompts)
+        # Each branch is one way to condition; all are encoded, and denoised, as one batch.
+        branches = {"text": (prompts, images)}
+        guide_by_images = any(images) and image_guidance_scale > 1
+        if guidance_scale != 1 or guide_by_images:
+            branches["negative"] = (negative, images)
+        if guide_by_images:
+            branches["black"] = (negative, [black_like(row) for row in images])
+
+        def guide(v):  # steers away from what is not asked for
+            if "black" in v:  # v = v_black + g_img·(v_neg − v_black) + g·(v_text − v_neg)
+                by_images = v["black"] + image_guidance_scale * (v["negative"] - v["black"])
+                return by_images + guidance_scale * (v["text"] - v["negative"])
+            if "negative" in v:  # v = v_neg + g·(v_text − v_neg)
+                return v["negative"] + guidance_scale * (v["text"] - v["negative"])
+            return v["text"]
+
+        texts = sum((branch_texts for branch_texts, _ in branches.values()), [])
+        pictures = sum((branch_images for _, branch_images in branches.values()), [])
+        cond, cond_mask = self.encode_prompts(texts, pictures)  # (branches·B, L, c)
+        cond = cond.repeat_interleave(num_images_per_prompt, 0)
+        if cond_mask is not None:
+            cond_mask = cond_mask.repeat_interleave(num_images_per_prompt, 0)
+        # The model has learned the velocity dx_σ/dσ = ε − x. To draw is to follow it from noise,
+        # σ = 1, to a picture, σ = 0: an ordinary differential equation, solved in a few steps.
         scheduler = diffusers.DPMSolverMultistepScheduler.from_config(self.scheduler.config)
         scheduler.set_timesteps(num_inference_steps, device=self.queries.device)
-        side, channels = self.diffusion.config.sample_size, self.diffusion.config.in_channels
+        channels, side = self.diffusion.config.in_channels, self.diffusion.config.sample_size
         shape = (len(prompts) * num_images_per_prompt, channels, side, side)
-        x = randn_tensor(shape, generator, self.queries.device, torch.float32)
-        x = x * scheduler.init_noise_sigma
+        noise = randn_tensor(shape, generator, self.queries.device, torch.float32)
+        x = noise * scheduler.init_noise_sigma  # (B·n, C, h, w)
         for timestep in scheduler.timesteps:
-            noisy = scheduler.scale_model_input(x, timestep).repeat(len(weights), 1, 1, 1)
-            noisy, steps = noisy.to(condition.dtype), timestep.expand(len(noisy))
-            predictions = self.denoise(noisy, steps, condition, mask).chunk(len(weights))
-            guided = sum(w * p for w, p in zip(weights, predictions, strict=True))
-            x = scheduler.step(guided, timestep, x).prev_sample
+            noisy = scheduler.scale_model_input(x, timestep).repeat(len(branches), 1, 1, 1)
+            predicted = self.denoise(noisy, timestep.expand(len(noisy)), cond, cond_mask)
+            v = dict(zip(branches, predicted.chunk(len(branches)), strict=True))
+            x = scheduler.step(guide(v), timestep, x).prev_sample
         return self.decode_latents(x)
 
     @torch.no_grad()
-    def answer(self, prompt, images=None, max_new_tokens=256, system=None, streamer=None):
-        """The MLLM's own answer to a prompt about `images`, a list of PIL pictures: a text.
-
-        Greedy, by transformers' `generate`; `streamer` is one of its streamers. The queries take
-        no part in it, so it is the untouched MLLM's, token for token (§3.1).
-        """
-        inputs = to_device(self.prepare([prompt], [images], system), self.queries.device)
+    def answer(self, prompt, images=None, max_new_tokens=256, streamer=None):
+        """The MLLM's own answer, a string, to a prompt about `images`, a list of PIL images. No
+        query takes part: it is the untouched MLLM's. `streamer` (transformers') prints it."""
+        inputs = to_device(self.prepare_inputs([prompt], [images], None), self.queries.device)
         options = {"max_new_tokens": max_new_tokens, "do_sample": False, "streamer": streamer}
-        made = self.mllm.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
-        return self.tokenizer.batch_decode(made, skip_special_tokens=True)[0].strip()
+        tokens = self.mllm.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+        return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)[0].strip()
 
-    def interleave(self, prompt, images=None, max_new_tokens=256, **options):
-        """Text, then a picture, both of one conversation: yields each; `options` of `generate`."""
-        yield self.answer(prompt, images, max_new_tokens, SYSTEM_PROMPT)
-        yield self.generate([prompt], [images], **options)[0]
+    @torch.no_grad()
+    def encode_latents(self, pixels):
+        """Pictures (B, 3, H, W) in [-1, 1] to latents (B, C, h, w), float32: (z − shift)·scale."""
+        encoded = self.vae.encode(pixels.to(self.vae.dtype))
+        z = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
+        return ((z - self.shift) * self.scale).float()
 
-    def _save_pretrained(self, folder):
-        """Write what was trained to model.safetensors; config.json names the frozen parts.
+    @torch.no_grad()
+    def decode_latents(self, latents):
+        """Latents (B, C, h, w) to a list of B PIL images: z = latents / scale + shift."""
+        z = latents / self.scale + self.shift
+        pixels = self.vae.decode(z.to(self.vae.dtype)).sample.float().clamp(-1, 1)  # (B, 3, H, W)
+        arrays = ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        return [Image.fromarray(array) for array in arrays]
 
-        save_pretrained(folder), of huggingface_hub, adds a model card; push_to_hub(id) uploads all.
-        """
-        config = asdict(self.config)
-        for name in ("mllm", "diffusion"):
-            if (path := Path(config[name])).exists():
-                inside = path.resolve().is_relative_to(folder.resolve())
-                config[name] = os.path.relpath(path, folder) if inside else str(path.resolve())
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        save_file(self.trained_state(), folder / "model.safetensors", {"format": "pt"})
-
-    def trained_state(self):
-        """What a checkpoint holds: queries, connector and what else the config trains."""
-        trains = {"mllm": self.config.train_mllm, "diffusion": self.config.train_diffusion}
-        kept = {"queries": True, "connector": True} | trains
+    def trained_state_dict(self):
+        """What a checkpoint holds: queries, connector and whatever else the config trains."""
         named = self.named_parameters()
-        return {n: p.detach().contiguous() for n, p in named if kept.get(n.split(".")[0])}
+        kept = ((n, p) for n, p in named if p.requires_grad or n == "queries")  # also random ones
+        return {name: parameter.detach().contiguous() for name, parameter in kept}
+
+    def load_trained_state_dict(self, state, source):
+        """Load a `trained_state_dict`; raises InputError if it is incompatible with the config."""
+        expected = self.trained_state_dict()
+        fits = {n for n in expected if n in state and state[n].shape == expected[n].shape}
+        if wrong := [name for name in expected | state if name not in fits]:
+            reason = f"{len(wrong)} weights of {source} are incompatible with the config"
+            raise InputError(f"{reason}, first {wrong[0]}: use the flags it was trained with.")
+        self.load_state_dict(state, strict=False)
+
+    def _save_pretrained(self, folder):  # called by save_pretrained(folder) and push_to_hub(id)
+        save_checkpoint(self, folder)
 
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32, **changes):
-        """Load a checkpoint, a folder or a hub id; `changes` replace fields of its config.
-
-        Frozen parts are in `dtype`. Raises InputError where it is missing, broken or misshapen.
-        """
-        folder = Path(folder)
-        if not folder.exists() and len(folder.parts) == 2:
-            with suppress(OSError, ValueError):
-                folder = Path(snapshot_download(str(folder)))
-        for name in ("config.json", "model.safetensors"):
-            if not (folder / name).is_file():
-                raise InputError(f"{folder} holds no {name}: name a folder that train.py saved.")
-        try:
-            saved = json.loads((folder / "config.json").read_text())
-            state = load_file(folder / "model.safetensors")
-            for name in ("mllm", "diffusion"):
-                beside = folder / saved[name]
-                saved[name] = str(beside) if beside.exists() else saved[name]
-            config = MetaQueryConfig(**(saved | changes))
-        except (ValueError, TypeError, KeyError, SafetensorError) as error:
-            reason = f"{folder} is damaged or has no MetaQuery config ({error})"
-            raise InputError(f"{reason}: take an older step or train anew.") from None
-        model = cls(config, dtype)
-        model.load_trained(state, folder)
-        return model
-
-    def load_trained(self, state, source):
-        """Put `trained_state` weights in; raises InputError naming what does not fit."""
-        expected = self.trained_state()
-        wrong = [k for k in expected if k not in state or state[k].shape != expected[k].shape]
-        wrong += [k for k in state if k not in expected]
-        if wrong:
-            raise InputError(f"{len(wrong)} weights of {source} do not fit the config: {wrong[0]}.")
-        self.load_state_dict(state, strict=False)
+        """Load a checkpoint, a folder or a hub id; `changes` replace fields of its config. Raises
+        InputError if it is missing, corrupt or incompatible with the config."""
+        return load_checkpoint(folder, dtype, changes)
 
 
-def prepare(processor, config, prompts, images=None, system=SYSTEM_PROMPT):
-    """Prompts and pictures as the MLLM's inputs, padded on the left; needs no weights.
-
-    images: per prompt a list of PIL pictures of any mode, or None. A prompt of over 256 tokens is
-    cut, with a warning; with a `system` prompt, pictures are cut as conditions are (§3.1). Raises
-    InputError where a text-only MLLM is given pictures, or one prompt more than 6.
-    """
-    tokenizer, sees = getattr(processor, "tokenizer", processor), hasattr(config, "vision_config")
-    images = [[rgb(p) for p in row or []] for row in images or [None] * len(prompts)]
-    if any(images) and not sees:
-        raise InputError("this MLLM reads text only: LLaVA-OneVision or Qwen2.5-VL sees pictures.")
-    if (most := max(map(len, images))) > MAX_PICTURES:
-        raise InputError(f"{most} pictures for one prompt: give at most {MAX_PICTURES}.")
-    rows = zip(prompts, map(len, images), strict=True)
-    chats = [conversation(clean(tokenizer, prompt), n, system, sees) for prompt, n in rows]
-    texts = processor.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
-    options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
-    if not any(images):
-        return tokenizer(texts, **options)
-    if system and config.model_type == "llava_onevision":
-        square = (config.vision_config.image_size,) * 2
-        images = [[ImageOps.fit(p, square) for p in row] for row in images]
-    elif system:
-        options["size"] = {"shortest_edge": 256 * 28 * 28, "longest_edge": 1280 * 28 * 28}
-    return processor(text=texts, images=images, **options)
-
-
-def conversation(prompt, pictures=0, system=SYSTEM_PROMPT, as_parts=False):
-    """Chat messages of one user turn: pictures, then text. `as_parts` suits picture templates."""
-    parts = [{"type": "image"}] * pictures + [{"type": "text", "text": prompt}] * bool(prompt)
-    user = {"role": "user", "content": parts if as_parts or pictures else prompt}
-    text = [{"type": "text", "text": system}] if as_parts else system
-    return [{"role": "system", "content": text}] * (system is not None) + [user]
-
-
-def clean(tokenizer, prompt):
-    """A prompt without the tokenizer's special tokens, cut at 256 tokens with a warning."""
-    for token in tokenizer.all_special_tokens:
-        prompt = prompt.replace(token, " ")
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    if len(ids) <= MAX_PROMPT_TOKENS:
-        return prompt
-    warnings.warn(f"the prompt's {len(ids)} tokens are cut to {MAX_PROMPT_TOKENS}", stacklevel=4)
-    return tokenizer.decode(ids[:MAX_PROMPT_TOKENS])
-
-
-def to_device(inputs, device):
-    """Inputs on a device, but for those that LLaVA-OneVision reads one by one on the host."""
-    host = ("image_sizes", "batch_num_images")
-    return {n: x if n in host else x.to(device, non_blocking=True) for n, x in inputs.items()}
-
-
-def condition_width(diffusion):
+# ---- 5. Loading the frozen parts -----------------------------------------------------------------
+def caption_width(diffusion):
     """c, the width of a diffusion model's text condition: 2304 for Sana, 768 for SD1.5."""
     return diffusion.config.get("caption_channels") or diffusion.config.cross_attention_dim
 
 
-def load_parts(config, dtype):
-    """MLLM, processor (a text-only MLLM's tokenizer), diffusion model, VAE and scheduler."""
-    options, trained = {"low_cpu_mem_usage": False}, {True: torch.float32, False: dtype}
+def cannot_load(name, error, flag):
+    """The InputError for a part that cannot be loaded; `flag` replaces it."""
+    what = f"cannot load {name} ({str(error).strip().splitlines()[0]})"
+    todo = f"go online (log in if the model is gated), or name another hub id or folder: {flag}"
+    return InputError(f"{what}: {todo}.")
+
+
+def load_mllm(config, dtype):
+    """(MLLM in evaluation mode, its processor; a text-only MLLM's tokenizer)."""
     name, auto = config.mllm, transformers
     try:
-        sees = hasattr(auto.AutoConfig.from_pretrained(name), "vision_config")
-        mllm = auto.AutoModelForImageTextToText if sees else auto.AutoModelForCausalLM
-        mllm = mllm.from_pretrained(name, dtype=trained[config.train_mllm]).eval()
-        processor = (auto.AutoProcessor if sees else auto.AutoTokenizer).from_pretrained(name)
-        name, auto = config.diffusion, diffusers.AutoModel
-        try:
-            part, scheduler = "transformer", diffusers.DPMSolverMultistepScheduler
-            diffusers.SanaTransformer2DModel.load_config(name, subfolder=part)
-        except OSError:
-            part, scheduler = "unet", diffusers.DDPMScheduler
-        vae = auto.from_pretrained(name, subfolder="vae", torch_dtype=dtype, **options).eval()
-        options["torch_dtype"] = trained[config.train_diffusion]
-        diffusion = auto.from_pretrained(name, subfolder=part, **options)
-        scheduler = scheduler.from_pretrained(name, subfolder="scheduler")
+        takes_images = hasattr(auto.AutoConfig.from_pretrained(name), "vision_config")
+        if takes_images:
+            model, processor = auto.AutoModelForImageTextToText, auto.AutoProcessor
+        else:
+            model, processor = auto.AutoModelForCausalLM, auto.AutoTokenizer
+        dtype = torch.float32 if config.train_mllm else dtype
+        return model.from_pretrained(name, dtype=dtype).eval(), processor.from_pretrained(name)
     except (OSError, ValueError) as error:
-        reason = f"cannot load {name} ({str(error).strip().splitlines()[0]})"
-        mend = "go online (log in if gated) or name a folder like the hub's: --mllm, --diffusion."
-        raise InputError(f"{reason}: {mend}") from None
-    return mllm, processor, diffusion, vae, scheduler
+        raise cannot_load(name, error, "--mllm") from None
 
 
-if __name__ == "__main__":
-    from data.paper import main
+def load_diffusion(config, dtype):
+    """(diffusion model, VAE, scheduler): Sana's transformer, or Stable Diffusion's UNet."""
+    name = config.diffusion
+    load = partial(diffusers.AutoModel.from_pretrained, name, low_cpu_mem_usage=False)
+    try:
+        try:
+            diffusers.SanaTransformer2DModel.load_config(name, subfolder="transformer")
+            part, scheduler_class = "transformer", diffusers.DPMSolverMultistepScheduler
+        except OSError:  # it has no such folder
+            part, scheduler_class = "unet", diffusers.DDPMScheduler
+        vae = load(subfolder="vae", torch_dtype=dtype).eval()
+        dtype = torch.float32 if config.train_diffusion else dtype
+        diffusion = load(subfolder=part, torch_dtype=dtype)
+        return diffusion, vae, scheduler_class.from_pretrained(name, subfolder="scheduler")
+    except (OSError, ValueError) as error:
+        raise cannot_load(name, error, "--diffusion") from None
 
-    main()
+
+# ---- 6. Checkpoints: skip on first reading -------------------------------------------------------
+def save_checkpoint(model, folder):
+    """Write what was trained to model.safetensors; config.json names the frozen parts."""
+    config = asdict(model.config)
+    for name in ("mllm", "diffusion"):
+        path = Path(config[name]).resolve()
+        if path.exists():  # a folder, not a hub id; one inside the checkpoint moves with it
+            inside = path.is_relative_to(folder.resolve())
+            config[name] = os.path.relpath(path, folder) if inside else str(path)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_file(model.trained_state_dict(), folder / "model.safetensors", {"format": "pt"})
+
+
+def load_checkpoint(folder, dtype, changes):
+    """The MetaQuery saved in a folder or under a hub id; see `MetaQuery.from_pretrained`."""
+    if not Path(folder).exists() and len(Path(folder).parts) == 2:
+        with suppress(OSError, ValueError):
+            folder = snapshot_download(str(folder))
+    folder = Path(folder)
+    try:
+        saved = json.loads((folder / "config.json").read_text())
+        state = load_file(folder / "model.safetensors")
+        if "condition" in saved:  # as older checkpoints named it
+            saved["condition_on"] = saved.pop("condition")
+        inside = {n: str(folder / p) for n, p in saved.items() if (folder / str(p)).is_dir()}
+        config = MetaQueryConfig(**(saved | inside | changes))
+    except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
+        reason = f"{folder} is corrupt or not a MetaQuery checkpoint ({error})"
+        raise InputError(
+            f"{reason}: name a folder that train.py saved, or an older step."
+        ) from None
+    model = MetaQuery(config, dtype)
+    model.load_trained_state_dict(state, folder)
+    return model

@@ -1,19 +1,103 @@
-"""Tiny random models of the real classes, in folders of exactly the hub's layout."""
+"""What several tests share: command lines, pictures, and tiny random models of the real classes.
+
+The models are saved in folders of exactly the hub's layout. A test imports the functions with
+`from conftest import run` and gets the fixtures, `parts` and `build`, as arguments.
+"""
 
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:  # several at a time: a thread each
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
 
-from data.pretrain import CHAT_TEMPLATE, language_config, make_processor, make_tokenizer
 from metaquery import SYSTEM_PROMPT, MetaQuery, MetaQueryConfig
+from toy.pretrain_mllm import CHAT_TEMPLATE, language_config, make_processor, make_tokenizer
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "weights" / "tiny"
+
+# ---- Command lines -------------------------------------------------------------------------------
+
+
+def environment(**changes):
+    """The environment of a command: one thread, no network, and some changes."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | changes
+
+
+def run(command, **changes):
+    """Run a command line from the project's root; returns the finished process.
+
+    changes: environment variables.
+    """
+    return subprocess.run(
+        command, cwd=ROOT, env=environment(**changes), capture_output=True, text=True, timeout=300
+    )
+
+
+def launcher(processes):
+    """The start of a command line: python, or torchrun with several processes."""
+    if processes == 1:
+        return [sys.executable]
+    torchrun = [sys.executable, "-m", "torch.distributed.run"]
+    rendezvous = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    return [*torchrun, f"--nproc-per-node={processes}", *rendezvous]
+
+
+def losses(out):
+    """The losses in a run's log, one per step."""
+    return [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def cli(*flags):
+    """Run sample.py with these flags; returns the finished process."""
+    return run([sys.executable, "sample.py", *map(str, flags)], OMP_NUM_THREADS="2")
+
+
+def check_refused(done, words):
+    """Assert that a command stopped with exit code 2 and a last line "error: ... words ..."."""
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr and words in lines[-1] and lines[-1].startswith("error: ")
+
+
+# ---- Pictures and models -------------------------------------------------------------------------
+
+
+def pixels(picture):
+    """A PIL image's values: a flat uint8 tensor."""
+    return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+
+
+def noise_picture(width, height, seed=0):
+    """A PIL image of uniform noise."""
+    values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    return Image.fromarray(values)
+
+
+def recorded(model, prediction):
+    """Replace the diffusion model by a fixed prediction; returns the list of its calls."""
+    calls = []
+
+    def denoise(x, timestep, cond, mask):
+        calls.append((x, timestep, cond, mask))
+        return prediction(x)
+
+    model.denoise = denoise
+    return calls
+
+
+# ---- Tiny random models --------------------------------------------------------------------------
 
 WORDS = [f"{SYSTEM_PROMPT} system user assistant a red star left of a blue circle"] * 9
 
@@ -26,10 +110,28 @@ SMALL = {
     "num_key_value_heads": 2,
 }
 
+# As LLaVA-OneVision's own: pictures first, then a line break before each text, also an empty one.
+LLAVA_TEMPLATE = """{%- for message in messages -%}
+{{ '<|im_start|>' + message['role'] }}
+{%- if message['content'] is string -%}
+{{ '\\n' + message['content'] }}
+{%- else -%}
+{%- for part in message['content'] | selectattr('type', 'equalto', 'image') -%}
+{{ '<image>' }}
+{%- endfor -%}
+{%- for part in message['content'] | selectattr('type', 'equalto', 'text') -%}
+{{ '\\n' + part['text'] }}
+{%- endfor -%}
+{%- endif -%}
+{{ '<|im_end|>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"""
+
 
 def make_llava(folder):
     tokenizer = make_tokenizer(WORDS, 400)
     processor = make_processor(tokenizer, 16, 8)
+    processor.chat_template = LLAVA_TEMPLATE
     config = transformers.LlavaOnevisionConfig(
         vision_config=transformers.SiglipVisionConfig(
             hidden_size=32,
@@ -183,9 +285,23 @@ def make_index(folder, pipeline, **parts):
     (folder / "model_index.json").write_text(json.dumps(index))
 
 
+def make_sana64(folder, sana):
+    """The Sana of folder `sana` with 32 x 32 latents, those of a 64 x 64 picture."""
+    transformer = diffusers.SanaTransformer2DModel.from_pretrained(
+        sana, subfolder="transformer", low_cpu_mem_usage=False
+    )
+    transformer.register_to_config(sample_size=32)
+    transformer.save_pretrained(folder / "transformer")
+    for part in ("vae", "scheduler"):
+        (folder / part).symlink_to(sana / part)
+
+
 @pytest.fixture(scope="session")
 def parts(tmp_path_factory):
-    """A folder with llava, qwen, sana, sd and sd-v: random models in the hub's layouts."""
+    """A folder of random models in the hub's layouts.
+
+    MLLMs: llava, qwen, qwen-vl. Diffusion models: sana, sana64 (64 x 64 pictures), sd, sd-v.
+    """
     folder = tmp_path_factory.mktemp("parts")
     torch.manual_seed(0)
     make_llava(folder / "llava")
@@ -194,6 +310,7 @@ def parts(tmp_path_factory):
     make_sana(folder / "sana")
     make_stable_diffusion(folder / "sd")
     make_stable_diffusion(folder / "sd-v", "v_prediction")
+    make_sana64(folder / "sana64", folder / "sana")
     return folder
 
 

@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from test_train import run
+from conftest import run
 
 COMMIT = "0" * 39 + "1"
 
@@ -84,7 +84,7 @@ def hub(tmp_path):
 
 @pytest.mark.parametrize("mllm, diffusion", [("llava", "sana"), ("qwen", "sd")])
 def test_parts_and_checkpoints_come_by_id(hub, parts, tmp_path, mllm, diffusion):
-    """Trained on parts by id, then drawn with from the checkpoint's id; nothing is got twice."""
+    """Trained on parts by id, then drawn with from the checkpoint's id; nothing twice."""
     models = {"org/mllm": parts / mllm, "org/diffusion": parts / diffusion}
     environment = hub(models)
     made = run([sys.executable, "train.py", "--mllm", "org/mllm", "--diffusion", "org/diffusion",
@@ -105,8 +105,8 @@ def test_parts_and_checkpoints_come_by_id(hub, parts, tmp_path, mllm, diffusion)
     assert made.returncode == 0 and (tmp_path / "a.png").exists(), made.stderr
 
 
-def test_what_cannot_be_had_is_one_line(hub, parts, tmp_path):
-    """A gated model and one that is not there: the id and the mend, exit code 2."""
+def test_what_cannot_be_loaded_is_one_line(hub, parts, tmp_path):
+    """A gated model and one that does not exist: the id and what to do, exit code 2."""
     environment = hub({"org/gated": None})
     for name in ("org/gated", "org/missing"):
         made = run([sys.executable, "train.py", "--mllm", name, "--diffusion", str(parts / "sana"),

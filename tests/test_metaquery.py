@@ -1,7 +1,12 @@
 """The method: two passes are one, the MLLM is untouched, losses and guidance are formulas."""
 
+import shutil
+import subprocess
+import sys
+
 import pytest
 import torch
+from conftest import ROOT, noise_picture, pixels, recorded
 from diffusers import DPMSolverMultistepScheduler
 
 from metaquery import SYSTEM_PROMPT, Connector, InputError, MetaQuery, MetaQueryConfig
@@ -11,7 +16,7 @@ PROMPTS = ["a red star left of a blue circle", "a star", ""]
 
 def one_pass(model, prompts):
     """Last states at the queries from a single pass over prompt and queries, by hand."""
-    inputs = model.prepare(prompts)
+    inputs = model.prepare_inputs(prompts)
     mask = inputs["attention_mask"]
     embeds = model.mllm.get_input_embeddings()(inputs["input_ids"])
     queries = model.queries.to(embeds.dtype).expand(len(prompts), -1, -1)
@@ -30,11 +35,13 @@ def one_pass(model, prompts):
 def test_two_passes_equal_one_pass(build, mllm):
     """Same conditions and same query gradients in float64, with left padding."""
     model = build(mllm, dtype=torch.float64)
-    assert model.prepare(PROMPTS)["attention_mask"][1, 0] == 0, "prompts are padded on the left"
+    assert model.prepare_inputs(PROMPTS)["attention_mask"][1, 0] == 0, (
+        "prompts are padded on the left"
+    )
     weights = None
     results = []
     for condition in (
-        lambda: model.condition(PROMPTS)[0],
+        lambda: model.encode_prompts(PROMPTS)[0],
         lambda: model.connector(one_pass(model, PROMPTS)),
     ):
         made = condition()
@@ -50,10 +57,10 @@ def test_two_passes_equal_one_pass(build, mllm):
 @pytest.mark.parametrize("mllm", ["llava", "qwen"])
 def test_a_batch_changes_nothing_for_its_prompts(build, mllm):
     model = build(mllm, dtype=torch.float64)
-    together = model.condition(PROMPTS)[0]
+    together = model.encode_prompts(PROMPTS)[0]
     for row, prompt in enumerate(PROMPTS):
         torch.testing.assert_close(
-            model.condition([prompt])[0][0], together[row], atol=1e-10, rtol=1e-9
+            model.encode_prompts([prompt])[0][0], together[row], atol=1e-10, rtol=1e-9
         )
 
 
@@ -63,9 +70,9 @@ def test_later_query_never_changes_an_earlier_state(build):
     model.connector = torch.nn.Identity()
     model.connector.norm = torch.nn.RMSNorm(1, dtype=torch.float64)
     with torch.no_grad():
-        before = model.condition(PROMPTS)[0]
+        before = model.encode_prompts(PROMPTS)[0]
         model.queries[3] += 1
-        after = model.condition(PROMPTS)[0]
+        after = model.encode_prompts(PROMPTS)[0]
     assert torch.equal(before[:, :3], after[:, :3])
     assert not torch.allclose(before[:, 3:], after[:, 3:])
 
@@ -74,7 +81,7 @@ def test_training_leaves_the_mllm_bit_identical(build):
     """After training steps, every MLLM parameter and its text logits are what they were."""
     model = build().train()
     before = {k: v.clone() for k, v in model.mllm.state_dict().items()}
-    inputs = model.prepare(PROMPTS)
+    inputs = model.prepare_inputs(PROMPTS)
     logits = model.mllm(**inputs).logits
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, 1e-2)
@@ -116,18 +123,6 @@ def test_connector_sees_both_ways_and_passes_over_padding(design):
     torch.testing.assert_close(connector(changed, mask)[:, :5], connector(x, mask)[:, :5])
 
 
-def recorded(model, prediction):
-    """Replace the diffusion model's part by a fixed prediction; returns what it was called with."""
-    calls = []
-
-    def denoise(x, timestep, condition, mask):
-        calls.append((x, timestep, condition, mask))
-        return prediction(x)
-
-    model.denoise = denoise
-    return calls
-
-
 def test_flow_loss_is_its_formula(build):
     """x_σ = (1 − σ)·x + σ·ε, timestep 1000·σ, target ε − x, mean squared error."""
     model = build(dtype=torch.float64)
@@ -144,7 +139,7 @@ def test_flow_loss_is_its_formula(build):
 
 def test_flow_sigma_is_uniform_on_its_interval(build):
     model = build("qwen")
-    model.condition = lambda prompts, images=None: (None, None)
+    model.encode_prompts = lambda prompts, images=None: (None, None)
     calls = recorded(model, lambda x: x)
     torch.manual_seed(0)
     model([""] * 4000, torch.zeros(4000, 3, 8, 8))
@@ -171,16 +166,16 @@ def test_diffusion_loss_is_its_formula(build, name):
 
 
 @pytest.mark.parametrize("mllm, diffusion", [("llava", "sana"), ("qwen", "sd"), ("qwen", "sana")])
-@pytest.mark.parametrize("condition", ["queries", "random", "last_layer"])
-def test_every_condition_trains_and_draws(build, mllm, diffusion, condition):
-    model = build(mllm, diffusion, condition=condition)
-    made, mask = model.condition(PROMPTS)
-    if condition == "last_layer":
+@pytest.mark.parametrize("condition_on", ["queries", "random", "last_layer"])
+def test_every_condition_trains_and_draws(build, mllm, diffusion, condition_on):
+    model = build(mllm, diffusion, condition_on=condition_on)
+    made, mask = model.encode_prompts(PROMPTS)
+    if condition_on == "last_layer":
         assert made.shape[:2] == mask.shape and mask.sum(1)[0] > mask.sum(1)[2]
     else:
         assert made.shape == (3, 5, 64) and mask is None
     model(PROMPTS, torch.zeros(3, 3, 8, 8)).backward()
-    assert (model.queries.grad is not None) == (condition == "queries")
+    assert (model.queries.grad is not None) == (condition_on == "queries")
     assert model.connector.norm.weight.grad.abs().sum() > 0
     assert model.generate(PROMPTS[:1], num_inference_steps=2)[0].size == (8, 8)
 
@@ -193,7 +188,10 @@ def test_trained_mllm_gets_gradients_through_both_passes(build):
 
 def by_hand(model, prompts, g, negative, steps, seed):
     """Guided sampling written out with diffusers' scheduler, one branch at a time."""
-    text, empty = model.condition(prompts)[0], model.condition([negative] * len(prompts))[0]
+    text, empty = (
+        model.encode_prompts(prompts)[0],
+        model.encode_prompts([negative] * len(prompts))[0],
+    )
     scheduler = DPMSolverMultistepScheduler.from_config(model.scheduler.config)
     scheduler.set_timesteps(steps)
     side, channels = model.diffusion.config.sample_size, model.diffusion.config.in_channels
@@ -221,10 +219,6 @@ def test_guidance_is_its_formula(build, diffusion, g, negative):
         assert difference.abs().max() <= 1
 
 
-def pixels(picture):
-    return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-
-
 def test_guidance_of_one_runs_a_single_branch(build):
     """g = 1 is no guidance: the negative prompt changes nothing and costs nothing."""
     model = build("qwen")
@@ -236,8 +230,8 @@ def test_guidance_of_one_runs_a_single_branch(build):
 def test_conditions_are_computed_once(build):
     """Once per prompt: not once per step nor per picture."""
     model = build("qwen")
-    asked, plain = [], model.condition
-    model.condition = lambda prompts, images=None: (
+    asked, plain = [], model.encode_prompts
+    model.encode_prompts = lambda prompts, images=None: (
         asked.append(len(prompts)) or plain(prompts, images)
     )
     pictures = model.generate(PROMPTS, num_images_per_prompt=4, num_inference_steps=3)
@@ -258,15 +252,13 @@ def test_saved_and_loaded_model_draws_the_same(build, tmp_path, train_diffusion)
         for m in (model, again)
     )
     assert [p.tobytes() for p in first] == [p.tobytes() for p in second]
-    names = set(model.trained_state())
+    names = set(model.trained_state_dict())
     assert not any(name.startswith(("mllm.", "vae.")) for name in names)
     assert any(name.startswith("diffusion.") for name in names) == train_diffusion
 
 
 def test_folders_inside_a_checkpoint_move_with_it(build, parts, tmp_path):
     """Relative folders resolve beside the checkpoint, so that it can be moved whole."""
-    import shutil
-
     shutil.copytree(parts / "qwen", tmp_path / "one" / "mllm")
     config = MetaQueryConfig(
         str(tmp_path / "one" / "mllm"), str(parts / "sana"), 4, connector_layers=1
@@ -278,7 +270,7 @@ def test_folders_inside_a_checkpoint_move_with_it(build, parts, tmp_path):
 
 def test_prompt_holds_the_system_prompt_and_ends_where_the_mllm_would_speak(build):
     model = build()
-    ids = model.prepare(["a red star"])["input_ids"][0]
+    ids = model.prepare_inputs(["a red star"])["input_ids"][0]
     text = model.processor.tokenizer.decode(ids)
     assert (
         text.startswith("<|im_start|>system\n" + SYSTEM_PROMPT.lower()[:8])
@@ -290,18 +282,62 @@ def test_prompt_holds_the_system_prompt_and_ends_where_the_mllm_would_speak(buil
 def test_long_prompt_is_cut_with_a_warning(build):
     model = build("qwen")
     with pytest.warns(UserWarning, match="256"):
-        long = model.prepare(["star " * 400])["input_ids"].shape[1]
-    assert 256 <= long - model.prepare([""])["input_ids"].shape[1] <= 258
+        long = model.prepare_inputs(["star " * 400])["input_ids"].shape[1]
+    assert 256 <= long - model.prepare_inputs([""])["input_ids"].shape[1] <= 258
 
 
 @pytest.mark.parametrize(
     "changes, words",
     [
         ({"connector": "mlp"}, "enc-proj"),
-        ({"condition": "clip"}, "last_layer"),
+        ({"condition_on": "clip"}, "last_layer"),
         ({"num_queries": 0}, "at least 1"),
     ],
 )
 def test_wrong_config_says_what_is_right(changes, words):
     with pytest.raises(InputError, match=words):
-        MetaQueryConfig(**changes)
+        MetaQueryConfig.preset("tiny", **changes)
+
+
+ALONE = """
+import sys, torch
+from metaquery import MetaQuery, MetaQueryConfig
+config = MetaQueryConfig(sys.argv[1], sys.argv[2], num_queries=4, connector_layers=1)
+model = MetaQuery(config)
+loss = model(["a red star"], torch.zeros(1, 3, 8, 8))
+loss.backward()
+assert model.queries.grad.abs().sum() > 0
+assert model.generate(["a red star"], num_inference_steps=2)[0].size == (8, 8)
+print(sorted(name for name in sys.modules if name.split(".")[0] in ("data", "toy", "training")))
+"""
+
+
+def test_the_file_alone_is_metaquery(parts, tmp_path):
+    """Copied into an empty folder, it is imported there, makes a loss and draws."""
+    shutil.copy(ROOT / "metaquery.py", tmp_path)
+    command = [sys.executable, "-c", ALONE, str(parts / "llava"), str(parts / "sana")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+def test_an_empty_prompt_keeps_its_text_part(build):
+    """The template's line break between picture and text is there although the text is empty."""
+    model = build("llava")
+    picture = noise_picture(16, 16)
+    ids = model.prepare_inputs([""], [[picture]])["input_ids"][0]
+    assert "<image>\n<|im_end|>" in model.tokenizer.decode(ids)
+
+
+def test_an_older_config_still_loads(build, tmp_path):
+    """`condition_on` was named `condition` before."""
+    model = build("qwen", condition_on="random")
+    model.save_pretrained(tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(text.replace('"condition_on"', '"condition"'))
+    assert MetaQuery.from_pretrained(tmp_path).config.condition_on == "random"
+
+
+def test_one_prompt_may_be_a_string(build):
+    model = build("qwen")
+    assert torch.equal(model.encode_prompts("a star")[0], model.encode_prompts(["a star"])[0])

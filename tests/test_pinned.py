@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from data.pictures import grid
-from data.shapes import KINDS, TALKS, TEXT_KINDS, sample, talks
 from metaquery import MetaQuery
+from toy.talk import TALKS, talks
+from toy.tasks import KINDS, TEXT_KINDS, task
 
 PICTURES = Path(__file__).parent / "pinned.png"
 TINY = Path(__file__).parent.parent / "weights" / "tiny"
@@ -28,7 +29,7 @@ def digest(values):
 def test_two_thousand_samples():
     """Every kind and split: prompt, target, goal, restatement and source scenes."""
     splits = ("train", "test", "talk")
-    rows = [sample(kind, i, i % 3, split) for kind in KINDS for split in splits for i in range(36)]
+    rows = [task(kind, i, i % 3, split) for kind in KINDS for split in splits for i in range(36)]
     assert len(rows) >= 2000
     assert digest(map(astuple, rows)) == "4df1b8b87dfd34d0"
 
@@ -42,8 +43,8 @@ def test_five_hundred_conversations():
 def drawn():
     """30 fixed prompts and 12 fixed edits, drawn by the shipped weights: a grid of 7 columns."""
     model = MetaQuery.from_pretrained(TINY).eval()
-    made = [sample(kind, i, split="test") for kind in TEXT_KINDS for i in range(3)]
-    edits = [sample("edit", i, split="test") for i in range(12)]
+    made = [task(kind, i, split="test") for kind in TEXT_KINDS for i in range(3)]
+    edits = [task("edit", i, split="test") for i in range(12)]
     pictures = []
     for rows in (made, edits):
         generator = torch.Generator().manual_seed(0)

@@ -10,32 +10,17 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, TINY, check_refused, cli, run
 from PIL import Image
-from test_train import ROOT, run
 
-from data.pretrain import answers, pictures_to_tensor, same
-from data.shapes import (
-    COLORS,
-    NUMBERS,
-    SHAPES,
-    SIX_KINDS,
-    Talk,
-    Want,
-    Wanted,
-    describe,
-    random_scene,
-    render,
-    sample,
-    score,
-    unseen_question,
-)
 from metaquery import MetaQuery
-
-TINY = ROOT / "weights" / "tiny"
-
-
-def cli(*flags):
-    return run([sys.executable, "sample.py", *map(str, flags)], OMP_NUM_THREADS="2")
+from toy.fit import pictures_to_tensor
+from toy.pretrain import same
+from toy.pretrain_mllm import answers
+from toy.scene import COLORS, SHAPES, Goal, GoalObject, random_scene, render, score
+from toy.talk import Talk, unseen_question
+from toy.tasks import KINDS, SIX_KINDS, task
+from toy.words import NUMBERS, describe
 
 
 @pytest.fixture(scope="module")
@@ -43,28 +28,34 @@ def tiny():
     return MetaQuery.from_pretrained(TINY).eval()
 
 
+COPIED = (
+    "data",
+    "toy",
+    "training",
+    "benchmarks",
+    "weights",
+    "metaquery.py",
+    "sample.py",
+    "train.py",
+)
+
+
 def test_readme_commands(tmp_path):
-    """Every python command of the README's first minute runs (with fewer steps where it trains)."""
+    """The README's commands run in their order, in a fresh copy, with few steps."""
     text = (ROOT / "README.md").read_text()
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.S))
-    commands = [line for line in blocks.splitlines() if "python sample.py" in line]
-    assert any("pip install -r requirements.txt && python sample.py" in line for line in commands)
-    assert "pip install -r requirements.txt pytest pytest-xdist && python -m pytest -n 2" in blocks
-    assert any(
-        "python train.py --size tiny --stage pretrain" in line for line in blocks.splitlines()
-    )
-    (tmp_path / "prompts.txt").write_text("a red star\na blue circle\n")
-    render(sample("attribution", 0).target).save(tmp_path / "sample.png")
-    for line in commands:
-        line = line.split("&&")[-1].split("#")[0].strip().replace("python", sys.executable, 1)
-        if "runs/" in line or "torchrun" in line:
+    assert "pip install -r requirements.txt && python sample.py" in blocks
+    assert "python -m pytest -n 2 --dist loadfile" in text
+    for name in COPIED:
+        (tmp_path / name).symlink_to(ROOT / name)
+    for line in blocks.splitlines():
+        line = line.split("&&")[-1].split("#")[0].strip()
+        if not re.match(r"python (sample.py|-m training.sizes)", line):
             continue
-        for name in ("prompts.txt", "scores.json", "crosses.png", "drawings", "sample.png"):
-            line = line.replace(name, str(tmp_path / name))
-        line += " --limit 1" if "--benchmark" in line else ""
-        line += "" if "--ask" in line else " --steps 6"
-        line += "" if "--out" in line else f" --out {tmp_path}/readme.png"
-        done = subprocess.run(line, shell=True, cwd=ROOT, capture_output=True, text=True)
+        line = line.replace("--checkpoint runs/tiny", "")
+        line += "" if "--ask" in line or "training.sizes" in line else " --steps 6"
+        line = line.replace("python", sys.executable, 1)
+        done = subprocess.run(line, shell=True, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, (line, done.stderr)
 
 
@@ -83,11 +74,11 @@ def test_training_from_the_shipped_frozen_parts(tmp_path):
 
 def share_right(model, kinds, number):
     """Share of unseen cases of some kinds that the shipped model draws right."""
-    made = [sample(kind, i, split="test") for kind in kinds for i in range(number)]
+    made = [task(kind, i, split="test") for kind in kinds for i in range(number)]
     generator = torch.Generator().manual_seed(0)
     prompts, images = [s.prompt for s in made], [s.images for s in made]
     pictures = model.generate(prompts, images, num_inference_steps=20, generator=generator)
-    return sum(score(p, s.want) for p, s in zip(pictures, made, strict=True)) / len(made)
+    return sum(score(p, s.goal) for p, s in zip(pictures, made, strict=True)) / len(made)
 
 
 def test_a_sentence_becomes_its_picture(tiny):
@@ -100,7 +91,7 @@ def test_six_kinds_are_drawn_right(tiny):
 
 
 def test_the_readmes_sentence_becomes_its_picture(tiny):
-    want = Want((Wanted("red", "star"), Wanted("blue", "circle")), "left of")
+    want = Goal((GoalObject("red", "star"), GoalObject("blue", "circle")), "left of")
     prompt = ["a red star left of a blue circle"]
     assert score(tiny.generate(prompt, generator=torch.Generator().manual_seed(0))[0], want)
 
@@ -150,25 +141,36 @@ def test_several_pictures_are_a_grid_or_numbered_files(tmp_path):
     ]
 
 
-def test_benchmark_prints_a_table_and_writes_it(tmp_path):
-    done = cli("--benchmark", "shapes", "--limit", 2, "--steps", 4, "--json", tmp_path / "t.json")
-    assert done.returncode == 0, done.stderr
-    table = json.loads((tmp_path / "t.json").read_text())
-    assert set(SIX_KINDS) < set(table["scores"]) and "six-kind overall" in table["scores"]
-    assert all(kind in done.stdout for kind in table["scores"])
+def test_the_first_line_says_what_the_tiny_model_knows(tmp_path):
+    done = cli("a star", "--steps", 1, "--out", tmp_path / "x.png")
+    assert done.returncode == 0 and "6 shapes, 8 colours" in done.stdout.splitlines()[0]
+    assert "unknown" not in done.stderr and "warning" not in done.stderr
+
+
+def test_words_never_seen_are_named_in_one_line(tmp_path):
+    done = cli("a cat on a red sofa", "--steps", 1, "--out", tmp_path / "x.png")
+    warnings = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+    assert done.returncode == 0 and (tmp_path / "x.png").exists()
+    assert len(warnings) == 1 and "cat, sofa" in warnings[0] and "red" not in warnings[0]
+
+
+def test_no_word_of_the_toy_world_is_unknown():
+    known = set((TINY / "mllm" / "vocabulary.txt").read_text().split())
+    prompts = [task(kind, i, split="test").prompt for kind in KINDS for i in range(100)]
+    assert not {word for p in prompts for word in re.findall(r"[a-z]+", p.lower())} - known
 
 
 def test_shipped_vae_is_read_after_it(tiny):
     """The scorer still reads 99% of the toy VAE's reconstructions."""
-    made = [sample(kind, i, split="test") for kind in (*SIX_KINDS, "dense") for i in range(30)]
+    made = [task(kind, i, split="test") for kind in (*SIX_KINDS, "dense") for i in range(30)]
     pixels = pictures_to_tensor([s.picture for s in made])
     redrawn = tiny.decode_latents(tiny.encode_latents(pixels))
-    assert sum(score(p, s.want) for p, s in zip(redrawn, made, strict=True)) >= 0.99 * len(made)
+    assert sum(score(p, s.goal) for p, s in zip(redrawn, made, strict=True)) >= 0.99 * len(made)
 
 
 def test_shipped_mllm_knows(tiny):
     """Unseen knowledge prompts are restated plainly: 97%."""
-    made = [sample("knowledge", i, split="test") for i in range(200)]
+    made = [task("knowledge", i, split="test") for i in range(200)]
     said = answers(tiny.mllm, tiny.processor, [Talk(s.prompt, "", (), True) for s in made])
     assert sum(a == s.plain for a, s in zip(said, made, strict=True)) >= 0.97 * len(made)
 
@@ -229,10 +231,10 @@ def broken(tmp_path, what):
     "what, words",
     [
         ("empty", "config.json"),
-        ("truncated", "damaged"),
-        ("bad json", "damaged"),
-        ("other shape", "do not fit"),
-        ("other field", "config"),
+        ("truncated", "corrupt"),
+        ("bad json", "corrupt"),
+        ("other shape", "incompatible"),
+        ("other field", "corrupt"),
     ],
 )
 def test_broken_checkpoint_is_one_line(tmp_path, what, words):
@@ -257,7 +259,6 @@ def test_broken_checkpoint_is_one_line(tmp_path, what, words):
         (["a star", "--out", "x.unknown"], "--out"),
         (["a star", "--device", "abacus"], "device"),
         (["--prompts", "/nowhere.txt"], "/nowhere.txt"),
-        (["--benchmark", "cubes"], "shapes"),
     ],
 )
 def test_bad_input_is_one_line(flags, words):
@@ -278,12 +279,6 @@ def test_long_prompt_warns_and_draws(tmp_path):
     assert done.returncode == 0 and "256" in done.stderr and (tmp_path / "x.png").exists()
 
 
-def check_refused(done, words):
-    lines = done.stderr.strip().splitlines()
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr and words in lines[-1] and lines[-1].startswith("error: ")
-
-
 def test_same_reads_a_right_picture():
-    scene = sample("attribution", 0).target
+    scene = task("attribution", 0).target
     assert same(scene, np.asarray(render(scene)))

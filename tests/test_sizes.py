@@ -6,13 +6,13 @@ import sys
 
 import pytest
 import torch
+from conftest import ROOT, losses
 from PIL import Image
-from test_train import ROOT, losses
 
-from data.layers import checkpoint_layers
-from data.paper import DIFFUSIONS, MLLMS, count, meta_diffusion, meta_mllm, table
 from metaquery import PRESETS, Connector, InputError, MetaQuery, MetaQueryConfig
 from train import TrainConfig, train
+from training.kernels import checkpoint_layers
+from training.sizes import DIFFUSIONS, MLLMS, count, meta_diffusion, meta_mllm, table
 
 PAIRS = [("llava", "sana"), ("qwen-vl", "sana"), ("qwen", "sd")]
 
@@ -49,7 +49,7 @@ def test_checkpointed_layers_give_the_same_gradients(build, mllm, diffusion):
         hooks = (lambda x, to=bytes_kept: to.append(x.nbytes) or x), lambda x: x
         model.zero_grad()
         with torch.autograd.graph.saved_tensors_hooks(*hooks):
-            loss = model(["a red star", "a"], torch.zeros_like(fixed["noise"]), images, **fixed)
+            loss = model(["a red star", "a"], torch.zeros(2, 3, 8, 8).double(), images, **fixed)
         loss.backward()
         grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
         made.append((loss.detach(), model.queries.grad.clone(), grads))
@@ -60,12 +60,12 @@ def test_checkpointed_layers_give_the_same_gradients(build, mllm, diffusion):
 
 
 @pytest.mark.parametrize("diffusion, number", [("sd", 77), ("sana", 256)])
-@pytest.mark.parametrize("condition", ["queries", "last_layer"])
-def test_conditions_of_the_paper_lengths_are_taken(build, diffusion, number, condition):
+@pytest.mark.parametrize("condition_on", ["queries", "last_layer"])
+def test_conditions_of_the_paper_lengths_are_taken(build, diffusion, number, condition_on):
     """77 tokens by SD1.5's UNet and 256 by Sana, and prompts of unlike length with their mask."""
-    model = build("qwen", diffusion, num_queries=number, condition=condition)
+    model = build("qwen", diffusion, num_queries=number, condition_on=condition_on)
     prompts = ["a red star", "a"]
-    made, mask = model.condition(prompts)
+    made, mask = model.encode_prompts(prompts)
     assert made.shape[1] == number if mask is None else made.shape[:2] == mask.shape
     assert torch.isfinite(model(prompts, torch.zeros(2, 3, 8, 8)))
 
@@ -81,7 +81,7 @@ def test_conditions_of_the_paper_lengths_are_taken(build, diffusion, number, con
         ("stable-diffusion-v1-5/stable-diffusion-v1-5", 860),
     ],
 )
-def test_parts_weigh_what_their_makers_say(name, millions):
+def test_parts_have_their_published_sizes(name, millions):
     model = meta_mllm(name) if name in MLLMS else meta_diffusion(name)[0]
     assert abs(count(model) / 1e6 - millions) < 1
 
@@ -99,21 +99,22 @@ def test_table_of_base_is_the_papers():
 
 
 def test_table_on_the_command_line():
-    for flags, words in ((["--size", "base"], "315.8 M"),
-                         (["--size", "large", "--connector-layers", "6"], "trained"),
-                         (["--size", "tiny"], "16 queries")):  # fmt: skip
-        done = subprocess.run([sys.executable, "metaquery.py", *flags], cwd=ROOT, text=True,
+    for flags, words in ((["base"], "315.8 M"),
+                         (["large", "--connector-layers", "6"], "trained"),
+                         (["tiny"], "16 queries")):  # fmt: skip
+        done = subprocess.run([sys.executable, "-m", "training.sizes", *flags], cwd=ROOT, text=True,
                               capture_output=True)  # fmt: skip
         assert done.returncode == 0 and words in done.stdout, done.stderr
-    done = subprocess.run([sys.executable, "metaquery.py", "--mllm", "nobody/nothing"], cwd=ROOT,
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run([sys.executable, "-m", "training.sizes", "--mllm", "nobody/nothing"],
+                          cwd=ROOT, capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 2 and "nobody/nothing" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("size", ["base", "large", "xlarge"])
 def test_presets_name_known_parts(size):
     assert PRESETS[size]["mllm"] in MLLMS and PRESETS[size]["diffusion"] in DIFFUSIONS
-    assert PRESETS[size]["num_queries"] == 256 and PRESETS[size]["connector_layers"] == 24
+    config = MetaQueryConfig.preset(size)
+    assert config.num_queries == 256 and config.connector_layers == 24
 
 
 def test_connectors_of_the_real_widths_start_as_the_paper_says():
@@ -122,7 +123,7 @@ def test_connectors_of_the_real_widths_start_as_the_paper_says():
     assert width == 768
 
 
-def test_a_missing_hub_part_names_the_id_and_the_mend(parts):
+def test_a_missing_hub_part_names_the_id_and_the_flag(parts):
     with pytest.raises(InputError, match="nobody/nothing.*--mllm"):
         MetaQuery(MetaQueryConfig("nobody/nothing", str(parts / "sana")))
     with pytest.raises(InputError, match="nobody/nothing.*--diffusion"):
@@ -143,7 +144,7 @@ def test_a_connector_of_another_width_is_refused(parts, tmp_path, build):
     for part in ("vae", "scheduler"):
         if not (other / part).exists():
             (other / part).symlink_to(parts / "sana" / part)
-    with pytest.raises(InputError, match="do not fit"):
+    with pytest.raises(InputError, match="incompatible"):
         MetaQuery.from_pretrained(tmp_path, diffusion=str(other))
 
 

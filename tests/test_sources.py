@@ -3,18 +3,18 @@
 import io
 import itertools
 import json
+import sys
 import tarfile
-from functools import partial
 from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from conftest import losses, run
 from PIL import Image
-from test_train import losses, run, sys
 
-from data.sources import collate, open_batches
+from data.batches import open_batches
 from metaquery import InputError
 
 
@@ -78,19 +78,19 @@ def make(folder, kind, number=12, broken=()):
 
 
 def batches(data, number, first=0, rank=0, world=1, **changes):
-    """The first micro-batches that a run of batches of 4 over `data` sees."""
+    """The rows of the first batches of 4 that a run over `data` sees."""
     config = SimpleNamespace(
         data=str(data), stage="pretrain", batch_size=4, micro_batch_size=0, steps=1000, seed=0,
         text_column="", target_column="", sources_column="", streaming=False, workers=0,
         device="cpu",
     )  # fmt: skip
     vars(config).update(changes)
-    made = open_batches(config, {}, partial(collate, resolution=8), first, rank, world)
+    made = open_batches(config, {}, list, first, rank, world)
     return list(itertools.islice(made, number))
 
 
 def numbers(made):
-    return [int(prompt.split()[-1]) for batch in made for prompt in batch[0]]
+    return [int(row.prompt.split()[-1]) for batch in made for row in batch]
 
 
 KINDS = {"webdataset": "pretrain", "metadata.csv": "pretrain", "metadata.jsonl": "pretrain",
@@ -105,26 +105,24 @@ def test_every_schema_is_read(tmp_path, kind, stage, streaming):
     made = batches(folder, 6, stage=stage, streaming=streaming)
     seen = numbers(made)
     assert sorted(seen[:12]) == sorted(seen[12:]) == list(range(12)) and seen[:12] != seen[12:]
-    for prompts, images, targets, *_ in made:
-        assert targets.shape == (4, 3, 8, 8)
-        for prompt, row, target in zip(prompts, images, targets, strict=True):
-            number = int(prompt.split()[-1])
-            assert ((target[0] + 1) * 127.5 - number).abs().max() < 2
-            assert len(row) == {"pretrain": 0, "edit": 1, "instruct": number % 6 + 1}[stage]
-            assert all(99 < np.asarray(source)[0, 0, 0] < 112 for source in row)
+    assert {len(batch) for batch in made} == {4}
+    for row in (row for batch in made for row in batch):
+        number = int(row.prompt.split()[-1])
+        assert abs(int(np.asarray(row.target)[0, 0, 0]) - number) < 2
+        assert len(row.images) == {"pretrain": 0, "edit": 1, "instruct": number % 6 + 1}[stage]
+        assert all(99 < np.asarray(source)[0, 0, 0] < 112 for source in row.images)
 
 
 @pytest.mark.parametrize("stage, share", [("reconstruct", 1), ("mix", 0.5)])
 def test_pictures_are_drawn_from_themselves(tmp_path, stage, share):
     made = batches(make(tmp_path / "data", "parquet"), 50, stage=stage)
-    own = [len(row) for _, images, *_ in made for row in images]
-    assert abs(sum(own) / len(own) - share) < 0.1
-    for prompts, images, *_ in made:
-        assert all((prompt == "") == bool(row) for prompt, row in zip(prompts, images, strict=True))
+    rows = [row for batch in made for row in batch]
+    assert abs(sum(len(row.images) for row in rows) / len(rows) - share) < 0.1
+    assert all((row.prompt == "") == bool(row.images) for row in rows)
 
 
 @pytest.mark.parametrize("streaming, workers", [(False, 0), (False, 2), (True, 0), (True, 2)])
-def test_going_on_is_exact(tmp_path, streaming, workers):
+def test_resuming_is_exact(tmp_path, streaming, workers):
     """From any step, also in the middle of an epoch, the same batches come as without a break."""
     folder = make(tmp_path / "data", "webdataset", 24)
     options = {"streaming": streaming, "workers": workers}
@@ -154,10 +152,12 @@ def test_datasets_are_mixed_by_weight(tmp_path, streaming):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_broken_rows_are_stepped_over_and_counted(tmp_path, streaming):
+def test_broken_rows_are_skipped_and_counted(tmp_path, streaming):
     folder = make(tmp_path / "data", "parquet", 12, broken=(3, 8))
     made = batches(folder, 5, streaming=streaming)
-    assert not {3, 8} & set(numbers(made)) and sum(batch[4] for batch in made) >= 2
+    assert (
+        not {3, 8} & set(numbers(made)) and sum(row.skipped for batch in made for row in batch) >= 2
+    )
     with pytest.raises(InputError, match="in a row"):
         batches(make(tmp_path / "bad", "parquet", 4, range(4)), 1, streaming=streaming)
 
@@ -199,26 +199,3 @@ def test_training_on_a_dataset(parts, tmp_path):
                 run(["rm", "-r", str(tmp_path / out / name)])
     assert losses(tmp_path / "b") == losses(tmp_path / "a")[2:]
     assert torch.isfinite(torch.tensor(losses(tmp_path / "a"))).all()
-
-
-def test_cached_latents_are_those_of_the_vae(parts, tmp_path):
-    """The same losses with a cold cache and a warm one, and but for rounding (pictures are encoded
-    in other company) without one; another VAE or size has its own."""
-    folder = make(tmp_path / "data", "parquet", 8)
-
-    def train(out, *flags, diffusion="sana"):
-        command = [sys.executable, "train.py", "--mllm", parts / "llava", "--diffusion",
-                   parts / diffusion, "--data", folder, "--batch-size", 4, "--steps", 4,
-                   "--num-queries", 4, "--connector-layers", 1, "--out", tmp_path / out,
-                   *flags]  # fmt: skip
-        done = run([str(part) for part in command])
-        assert done.returncode == 0, done.stderr
-        return losses(tmp_path / out)
-
-    plain = train("a")
-    cached = [train(out, "--cache-latents", tmp_path / "cache") for out in "bc"]
-    assert cached[0] == cached[1] and cached[0] == pytest.approx(plain, rel=1e-3)
-    folders = list((tmp_path / "cache").iterdir())
-    assert len(folders) == 1 and len(list(folders[0].rglob("*.npy"))) == 8
-    train("d", "--cache-latents", tmp_path / "cache", diffusion="sd")
-    assert len(list((tmp_path / "cache").iterdir())) == 2

@@ -1,35 +1,12 @@
 """train.py as its user runs it: learns, resumes, and two processes do what one does."""
 
-import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import launcher, losses, run
 from safetensors.torch import load_file
-
-ROOT = Path(__file__).parent.parent
-
-
-def environment(**changes):
-    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | changes
-
-
-def run(command, **changes):
-    """Run a command line from the project's root; returns the finished process."""
-    return subprocess.run(
-        command, cwd=ROOT, env=environment(**changes), capture_output=True, text=True, timeout=300
-    )
-
-
-def launcher(processes):
-    """The start of a command line: python, or torchrun's processes."""
-    if processes == 1:
-        return [sys.executable]
-    return [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}",
-            "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]  # fmt: skip
 
 
 def train(parts, out, *flags, torchrun=1):
@@ -40,29 +17,6 @@ def train(parts, out, *flags, torchrun=1):
         "--steps", "6", *flags,
     ]  # fmt: skip
     return run([str(part) for part in command])
-
-
-def losses(out):
-    return [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def parts(parts):
-    """The random models, with a Sana whose latents are those of 64x64 pictures."""
-    import diffusers
-
-    if not (parts / "sana64").exists():
-        (parts / "sana64").symlink_to(parts / "sana")
-        model = diffusers.SanaTransformer2DModel.from_pretrained(
-            parts / "sana", subfolder="transformer", low_cpu_mem_usage=False
-        )
-        (parts / "sana64").unlink()
-        (parts / "sana64").mkdir()
-        for part in ("vae", "scheduler"):
-            (parts / "sana64" / part).symlink_to(parts / "sana" / part)
-        model.register_to_config(sample_size=32)
-        model.save_pretrained(parts / "sana64" / "transformer")
-    return parts
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +83,10 @@ def test_learning_lowers_the_loss(parts, tmp_path):
         (["--batch-size", "5", "--micro-batch-size", "2"], "multiple of 2"),
         (["--mllm", "/nowhere/mllm"], "--mllm"),
         (["--checkpoint", "/nowhere/run"], "/nowhere/run"),
-        (["--checkpoint", "weights/tiny", "--num-queries", "9"], "do not fit the config: queries"),
+        (
+            ["--checkpoint", "weights/tiny", "--num-queries", "9"],
+            "incompatible with the config, first queries",
+        ),
         (["--flag-that-is-not"], "flag"),
     ],
 )

@@ -1,16 +1,17 @@
 """Others' benchmarks: their own prompt files in, pictures where their scorers look for them out."""
 
 import json
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import check_refused, run
 from PIL import Image
-from test_sample import check_refused, cli
 
-from data.benchmarks import OFFICIAL, official
+from benchmarks.official import OFFICIAL
+from benchmarks.official import run as draw_benchmark
 from metaquery import InputError
-from sample import BENCHMARKS, draw
 
 DREAMBOOTH = """Classes
 
@@ -81,7 +82,7 @@ def make(folder, name):
 
 def options(name, data, out, **changes):
     data = data / "pairs.jsonl" if name == "commonsense" else data
-    defaults = dict(benchmark=name, data=str(data), out=str(out), limit=None, steps=1, seed=0,
+    defaults = dict(data=str(data), out=str(out), limit=None, steps=1, seed=0,
                     guidance=3.0, image_guidance=1.5, num_images=1, negative_prompt="")  # fmt: skip
     return SimpleNamespace(**(defaults | changes))
 
@@ -102,7 +103,7 @@ def test_every_prompt_is_drawn_where_its_scorer_looks(build, tmp_path, monkeypat
     for rank in (0, 1):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", "2")
-        official(model, draw, args)
+        draw_benchmark(model, name, args)
     there = {str(p.relative_to(args.out)) for p in (tmp_path / "out").rglob("*") if p.is_file()}
     assert set(expected) == {path for path in there if not path.startswith(".")}
     if name == "dpg":
@@ -118,12 +119,12 @@ def test_every_prompt_is_drawn_where_its_scorer_looks(build, tmp_path, monkeypat
     (tmp_path / "out" / expected[-1]).unlink()
     for rank in (0, 1):
         monkeypatch.setenv("RANK", str(rank))
-        official(model, draw, args)
+        draw_benchmark(model, name, args)
     redrawn = 0 if expected[-1].endswith("metadata.jsonl") else 1
     assert len(asked) - number == redrawn, "pictures that exist are kept"
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    official(model, draw, options(name, tmp_path / "data", tmp_path / "alone"))
+    draw_benchmark(model, name, options(name, tmp_path / "data", tmp_path / "alone"))
     for path in (tmp_path / "alone").rglob("*.png"):
         shared = Image.open(tmp_path / "out" / path.relative_to(tmp_path / "alone"))
         off = np.asarray(shared, int) - np.asarray(Image.open(path), int)
@@ -133,15 +134,15 @@ def test_every_prompt_is_drawn_where_its_scorer_looks(build, tmp_path, monkeypat
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_a_wrong_layout_says_what_is_expected(build, tmp_path, name):
     (tmp_path / "data").mkdir()
-    with pytest.raises(InputError, match=f"{name} wants"):
-        official(build("llava"), draw, options(name, tmp_path / "data", tmp_path / "out"))
+    with pytest.raises(InputError, match=f"{name} expects"):
+        draw_benchmark(build("llava"), name, options(name, tmp_path / "data", tmp_path / "out"))
 
 
 def test_benchmarks_on_the_command_line(tmp_path):
-    assert set(BENCHMARKS) == {"shapes", *OFFICIAL}
     make(tmp_path / "data", "geneval")
-    done = cli("--benchmark", "geneval", "--data", tmp_path / "data", "--steps", 1, "--limit", 2,
-               "--out", tmp_path / "out")  # fmt: skip
+    command = [sys.executable, "-m", "benchmarks.official", "geneval", "--data"]
+    few = ["--steps", "1", "--limit", "2", "--out", str(tmp_path / "out")]
+    done = run([*command, str(tmp_path / "data"), *few])
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "out").glob("*/samples/*.png"))) == 8
-    check_refused(cli("--benchmark", "geneval", "--data", tmp_path / "none"), "geneval wants")
+    check_refused(run([*command, str(tmp_path / "none")]), "geneval expects")

@@ -13,11 +13,11 @@ import time
 
 import pytest
 import torch
+from conftest import ROOT, environment, launcher, losses, run
 from safetensors.torch import load_file
-from test_train import ROOT, environment, launcher, losses, parts, run  # noqa: F401
 
 
-def command(parts, out, *flags):  # noqa: F811
+def command(parts, out, *flags):
     made = ["train.py", "--mllm", parts / "llava", "--diffusion", parts / "sana64", "--out", out,
             "--num-queries", 4, "--connector-layers", 1, "--batch-size", 4, "--warmup", 2,
             "--steps", 40, "--save-every", 5, "--sample-every", 1000, *flags]  # fmt: skip
@@ -49,7 +49,7 @@ def same_end(out, other):
 
 
 @pytest.fixture(scope="module")
-def whole(parts, tmp_path_factory):  # noqa: F811
+def whole(parts, tmp_path_factory):
     """A run of 40 steps that nothing broke."""
     out = tmp_path_factory.mktemp("whole")
     done = run(command(parts, out))
@@ -60,7 +60,7 @@ def whole(parts, tmp_path_factory):  # noqa: F811
 @pytest.mark.parametrize(
     "number, workers", [(signal.SIGTERM, 0), (signal.SIGUSR1, 2), (signal.SIGINT, 2)]
 )
-def test_a_signal_saves_and_ends_well(parts, whole, tmp_path, number, workers):  # noqa: F811
+def test_a_signal_saves_and_ends_well(parts, whole, tmp_path, number, workers):
     """Sent to the loader's workers too, as Ctrl-C, SLURM and systemd send it."""
     made = command(parts, tmp_path, "--workers", workers)
     process = start(made, start_new_session=True)
@@ -82,13 +82,12 @@ def train_quietly(made):
         os.dup2(nowhere, stream)
     os.chdir(ROOT)
     sys.argv = made[1:]
-    sys.path.insert(0, str(ROOT))
     import train
 
     train.main()
 
 
-def test_kills_at_any_time_lose_nothing(parts, whole, tmp_path):  # noqa: F811
+def test_kills_at_any_time_lose_nothing(parts, whole, tmp_path):
     """A soak: killed at random moments, also while saving, a run ends the same, time and again.
 
     Each start is a fork of a process that has imported all, so that hundreds take minutes.
@@ -130,7 +129,7 @@ train.main()
 """
 
 
-def test_a_signal_during_a_save_leaves_it_whole(parts, whole, tmp_path):  # noqa: F811
+def test_a_signal_during_a_save_leaves_it_whole(parts, whole, tmp_path):
     script = tmp_path / "in_save.py"
     script.write_text(IN_SAVE)
     made = command(parts, tmp_path / "out")[2:]
@@ -142,7 +141,7 @@ def test_a_signal_during_a_save_leaves_it_whole(parts, whole, tmp_path):  # noqa
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
-def test_a_damaged_checkpoint_is_said_and_passed_over(parts, whole, tmp_path, damage):  # noqa: F811
+def test_a_damaged_checkpoint_is_said_and_passed_over(parts, whole, tmp_path, damage):
     out = tmp_path / "out"
     shutil.copytree(whole, out)
     newest = out / "step-00000040"
@@ -154,17 +153,17 @@ def test_a_damaged_checkpoint_is_said_and_passed_over(parts, whole, tmp_path, da
         content[-9] ^= 4
         path.write_bytes(content)
     done = run(command(parts, out))
-    assert done.returncode == 0 and "step-00000040 is damaged" in done.stderr
+    assert done.returncode == 0 and "step-00000040 is corrupt" in done.stderr
     assert [entry["step"] for entry in map(json.loads, (out / "log.jsonl").read_text().splitlines())
             ][-5:] == [36, 37, 38, 39, 40]  # fmt: skip
     same_end(out, whole)
     for folder in out.glob("step-*"):
         (folder / "training.json").write_text("{")
     done = run(command(parts, out))
-    assert done.returncode == 2 and "no whole checkpoint" in done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "no complete checkpoint" in done.stderr.splitlines()[-1]
 
 
-def test_another_run_is_refused(parts, whole, tmp_path):  # noqa: F811
+def test_another_run_is_refused(parts, whole, tmp_path):
     """With the fields that differ; how it is saved or split may change."""
     out = tmp_path / "out"
     shutil.copytree(whole, out)
@@ -177,7 +176,7 @@ def test_another_run_is_refused(parts, whole, tmp_path):  # noqa: F811
     assert done.returncode == 2 and "another --out" in done.stderr.splitlines()[-1]
 
 
-def test_a_full_disk_is_one_line_and_harms_nothing(parts, tmp_path):  # noqa: F811
+def test_a_full_disk_is_one_line_and_harms_nothing(parts, tmp_path):
     assert run(command(parts, tmp_path, "--steps", 5)).returncode == 0
     before = load_file(tmp_path / "step-00000005" / "model.safetensors")
     # The limit on a file's size stands for the full disk: no larger file can be written.
@@ -210,7 +209,7 @@ train.main()
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_a_step_without_finite_numbers_is_skipped_by_all(parts, tmp_path, world):  # noqa: F811
+def test_a_step_without_finite_numbers_is_skipped_by_all(parts, tmp_path, world):
     """NaN on one rank skips the step everywhere alike, is counted and logged."""
     script = tmp_path / "wrong.py"
     script.write_text(WRONG.replace("{steps}", "(3, 4)").replace("{rank}", str(world - 1)))
@@ -223,7 +222,7 @@ def test_a_step_without_finite_numbers_is_skipped_by_all(parts, tmp_path, world)
     assert all(torch.isfinite(weight).all() for weight in weights.values())
 
 
-def test_many_wrong_steps_stop_the_run(parts, tmp_path):  # noqa: F811
+def test_many_wrong_steps_stop_the_run(parts, tmp_path):
     script = tmp_path / "wrong.py"
     script.write_text(WRONG.replace("{steps}", "range(8, 99)").replace("{rank}", "0"))
     made = command(parts, tmp_path / "out")[2:]
@@ -233,7 +232,7 @@ def test_many_wrong_steps_stop_the_run(parts, tmp_path):  # noqa: F811
     assert torch.isfinite(load_file(tmp_path / "out" / "model.safetensors")["queries"]).all()
 
 
-def test_a_rank_that_dies_takes_the_job_down(parts, tmp_path):  # noqa: F811
+def test_a_rank_that_dies_takes_the_job_down(parts, tmp_path):
     script = tmp_path / "dies.py"
     script.write_text(WRONG.replace("float(\"nan\")", "os._exit(7)").replace(
         "{steps}", "(3,)").replace("{rank}", "1"))  # fmt: skip
@@ -244,7 +243,7 @@ def test_a_rank_that_dies_takes_the_job_down(parts, tmp_path):  # noqa: F811
     assert "exitcode" in done.stderr and "7" in done.stderr
 
 
-def test_torchrun_starts_a_dead_rank_again(parts, tmp_path):  # noqa: F811
+def test_torchrun_starts_a_dead_rank_again(parts, tmp_path):
     """After its restart the job goes on from its last checkpoint and comes to its end."""
     script, once = tmp_path / "dies.py", tmp_path / "once"
     dying = f"(os.path.exists({str(once)!r}) or open({str(once)!r}, 'x') and os._exit(7))"
@@ -256,7 +255,7 @@ def test_torchrun_starts_a_dead_rank_again(parts, tmp_path):  # noqa: F811
     assert len(losses(tmp_path / "out")) == 12
 
 
-def test_two_processes_go_on_where_one_was(parts, whole, tmp_path):  # noqa: F811
+def test_two_processes_go_on_where_one_was(parts, whole, tmp_path):
     """World size may change between the runs of one job; ZeRO's optimizer goes on as well."""
     process = start(command(parts, tmp_path))
     wait_for(tmp_path, 6, lambda: process.poll() is None)

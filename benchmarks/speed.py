@@ -1,12 +1,12 @@
 """Measure speed and memory, ours beside the plain way, on the same weights in one run.
 
-    python tests/bench.py                 every row of the table
-    python tests/bench.py --rows a,g      some of them
-    python tests/bench.py --rows base     one loss of the base size at full width, random weights
-    python tests/bench.py --rows a,b,c,g --device cuda --batch 16        the same on a GPU
+    python -m benchmarks.speed                 every row of the table
+    python -m benchmarks.speed --rows a,g      some of them
+    python -m benchmarks.speed --rows base   one loss of the base size at full width
+    python -m benchmarks.speed --rows a,b,c,g --device cuda --batch 16        the same on a GPU
 
 The plain way is one pass over prompt and queries with gradient checkpointing, the language head
-left out, and pictures encoded every step. Each figure is the median of --repeats runs with the
+left out. Each figure is the median of --repeats runs with the
 least and the most; memory is what tensors take beside the weights; nothing here is asserted.
 """
 
@@ -23,29 +23,26 @@ from itertools import accumulate
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 CACHE = Path(tempfile.gettempdir()) / "metaquery-bench"
 
 
 def half_billion(device="cpu"):
     """A MetaQuery whose MLLM has the shape of Qwen2.5-0.5B, with random weights, and a toy Sana."""
-    import conftest
     import torch
     import transformers
 
-    from data.paper import MLLMS
-    from metaquery import MetaQuery, MetaQueryConfig
+    from metaquery import TINY, MetaQuery, MetaQueryConfig
+    from training.sizes import MLLMS
 
     folder = CACHE / "half-billion"
-    if not (folder / "sana" / "model_index.json").exists():
+    if not (folder / "model.safetensors").exists():
         torch.manual_seed(0)
-        conftest.make_qwen(folder / "mllm")
+        transformers.AutoTokenizer.from_pretrained(TINY / "mllm").save_pretrained(folder)
         config = MLLMS["Qwen/Qwen2.5-0.5B-Instruct"]()
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        model.save_pretrained(folder / "mllm")
-        conftest.make_sana(folder / "sana")
-    config = MetaQueryConfig(str(folder / "mllm"), str(folder / "sana"), connector_layers=1)
+        model.save_pretrained(folder)
+    config = MetaQueryConfig(str(folder), str(TINY / "diffusion"), connector_layers=1)
     model = MetaQuery(config, torch.bfloat16)
     model.connector = torch.nn.Identity()
     model.connector.norm, model.connector.layers = torch.nn.RMSNorm(1), torch.nn.ModuleList()
@@ -59,7 +56,7 @@ def conditions(model, tokens, n, way, batch):
     """A function that makes the states of n queries after `tokens` random ones, and its loss."""
     import torch
 
-    from data.layers import checkpoint_layers, choose_attention
+    from training.kernels import checkpoint_layers, choose_attention
 
     device = model.queries.device
     model.queries = torch.nn.Parameter(torch.randn(n, 896, device=device) * 0.02)
@@ -76,7 +73,7 @@ def conditions(model, tokens, n, way, batch):
         choose_attention(model)
         if way != "ours":
             checkpoint_layers(model)
-        return lambda: model.condition(inputs)[0].float().square().mean()
+        return lambda: model.encode_prompts(inputs)[0].float().square().mean()
     model.mllm.gradient_checkpointing_enable({"use_reentrant": False})
     model.mllm.train()
     return lambda: one_pass().float().square().mean()
@@ -133,9 +130,9 @@ def backwards(lengths, n, repeats, device, batch):
 
 def apart(name, *values):
     """What a function of this file returns in a fresh process."""
-    code = f"import json, bench; print(json.dumps(bench.{name}(*{values!r})))"
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path},
+    module = "benchmarks.speed"
+    code = f"import json, {module} as m; print(json.dumps(m.{name}(*{values!r})))"
+    done = subprocess.run([sys.executable, "-c", code],
                           cwd=ROOT, capture_output=True, text=True)  # fmt: skip
     if done.returncode:
         raise RuntimeError(done.stderr)
@@ -227,14 +224,6 @@ def train_rate(*flags, number=1):
     return 32 * (len(log) - 4) / (passed[-1] - passed[3])
 
 
-def cached(repeats):
-    """(d) Samples a second of training with pictures encoded every step and with cached latents."""
-    flags = ("--cache-latents", tempfile.mkdtemp())
-    train_rate(*flags)
-    ratio("(d) training with cached latents (time a sample)", [1 / train_rate() for _ in
-          range(repeats)], [1 / train_rate(*flags) for _ in range(repeats)])  # fmt: skip
-
-
 def processes(repeats):
     """(f) Samples a second of training in one process and in two, a thread each."""
     one, two = ([1 / train_rate(number=n) for _ in range(repeats)] for n in (1, 2))
@@ -243,30 +232,31 @@ def processes(repeats):
 
 def base(repeats):
     """One text-to-image loss and query gradient of the base size at full width, random weights."""
-    import conftest
     import torch
     import transformers
+    from diffusers import DPMSolverMultistepScheduler
 
-    from data.paper import DIFFUSIONS, LLAVA, MLLMS
-    from metaquery import PRESETS, MetaQuery, MetaQueryConfig
+    from metaquery import SANA, TINY, MetaQuery, MetaQueryConfig
+    from training.sizes import DIFFUSIONS, LLAVA, MLLMS
 
     folder = CACHE / "base"
     if not (folder / "sana" / "scheduler").exists():
         torch.manual_seed(0)
         torch.set_default_dtype(torch.bfloat16)
-        conftest.make_llava(folder / "mllm")
+        transformers.AutoProcessor.from_pretrained(TINY / "mllm").save_pretrained(folder / "mllm")
         mllm = transformers.AutoModelForImageTextToText.from_config(MLLMS[LLAVA]())
         mllm.save_pretrained(folder / "mllm")
         del mllm
-        conftest.make_sana(folder / "sana")
-        transformer, vae = DIFFUSIONS[PRESETS["base"]["diffusion"]]()
+        scheduler = DPMSolverMultistepScheduler.from_pretrained(TINY / "diffusion" / "scheduler")
+        scheduler.save_pretrained(folder / "sana" / "scheduler")
+        transformer, vae = DIFFUSIONS[SANA]()
         transformer.save_pretrained(folder / "sana" / "transformer")
         vae.save_pretrained(folder / "sana" / "vae")
         del transformer, vae
         torch.set_default_dtype(torch.float32)
     parts = {"mllm": str(folder / "mllm"), "diffusion": str(folder / "sana")}
     began = time.time()
-    model = MetaQuery(MetaQueryConfig(**(PRESETS["base"] | parts)), torch.bfloat16)
+    model = MetaQuery(MetaQueryConfig.preset("base", **parts), torch.bfloat16)
     print(f"base at full width, random weights: loaded in {time.time() - began:.0f} s", flush=True)
     began = time.time()
     with torch.autocast("cpu", torch.bfloat16):
@@ -280,7 +270,7 @@ def base(repeats):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", default="a,b,c,d,e,f,g,h")
+    parser.add_argument("--rows", default="a,b,c,e,f,g,h")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu", help="of rows a, b, c and g")
     parser.add_argument("--batch", type=int, default=1, help="prompts a step, in the same rows")
@@ -296,7 +286,6 @@ def main():
         for what, tokens in cases if row in rows else ():
             steps(row, tokens, 256, what, *options)
     for row, run in {
-        "d": cached,
         "e": sampling,
         "f": processes,
         "base": base,

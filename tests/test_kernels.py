@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from data.layers import QueriesAttention, checkpoint_layers, choose_attention
+from training.kernels import QueriesAttention, checkpoint_layers, choose_attention
 
 PROMPTS = ["a red star left of a blue circle", "a star", ""]
 
@@ -42,10 +42,10 @@ def test_attention_without_the_prompts_gradients():
 
 
 @pytest.mark.parametrize("mllm", ["llava", "qwen", "qwen-vl"])
-@pytest.mark.parametrize("condition", ["queries", "random", "last_layer"])
-def test_training_attention_changes_no_figure(build, mllm, condition):
+@pytest.mark.parametrize("condition_on", ["queries", "random", "last_layer"])
+def test_training_attention_changes_no_figure(build, mllm, condition_on):
     """Conditions and all gradients in float64, for padded prompts, with pictures where it sees."""
-    model = build(mllm, dtype=torch.float64, condition=condition)
+    model = build(mllm, dtype=torch.float64, condition_on=condition_on)
     picture = Image.effect_mandelbrot((20, 16), (-2, -1, 1, 1), 50)
     images = None if mllm == "qwen" else [[picture], [], [picture, picture]]
     weights, made = None, []
@@ -54,7 +54,7 @@ def test_training_attention_changes_no_figure(build, mllm, condition):
             choose_attention(model)
             assert model.mllm.get_decoder().config._attn_implementation == "queries"
         model.zero_grad()
-        states = model.condition(PROMPTS, images)[0]
+        states = model.encode_prompts(PROMPTS, images)[0]
         weights = torch.randn_like(states) if weights is None else weights
         (states * weights).sum().backward()
         made.append([states] + [p.grad for p in model.parameters() if p.grad is not None])
@@ -65,10 +65,10 @@ def test_training_attention_changes_no_figure(build, mllm, condition):
 def test_a_trained_mllm_keeps_its_prompts_gradients(build):
     """Where the MLLM is trained too (Table 2), the prompt's keys and values need gradients."""
     model = build("qwen", dtype=torch.float64, train_mllm=True)
-    before = torch.autograd.grad(model.condition(PROMPTS)[0].sum(), model.mllm.parameters(),
+    before = torch.autograd.grad(model.encode_prompts(PROMPTS)[0].sum(), model.mllm.parameters(),
                                  allow_unused=True)  # fmt: skip
     choose_attention(model)
-    after = torch.autograd.grad(model.condition(PROMPTS)[0].sum(), model.mllm.parameters(),
+    after = torch.autograd.grad(model.encode_prompts(PROMPTS)[0].sum(), model.mllm.parameters(),
                                 allow_unused=True)  # fmt: skip
     assert any(x is not None and x.any() for x in before)
     for ours, theirs in zip(after, before, strict=True):
@@ -79,17 +79,17 @@ def test_a_trained_mllm_keeps_its_prompts_gradients(build):
 
 def test_a_long_prompt_goes_through_mlps_in_pieces(build, monkeypatch):
     """Checkpointed layers take at most so many tokens at once, and the states stay the same."""
-    monkeypatch.setattr("data.layers.PIECE", 128)
+    monkeypatch.setattr("training.kernels.PIECE", 128)
     model, most = build("qwen", dtype=torch.float64), []
     choose_attention(model)
     prompt = ["star " * 150]
-    expected = model.condition(prompt)[0]
+    expected = model.encode_prompts(prompt)[0]
     for layer in model.mllm.get_decoder().layers:
         layer.mlp.gate_proj.register_forward_hook(
             lambda m, inputs, made: most.append(made.shape[1])
         )
     checkpoint_layers(model)
-    torch.testing.assert_close(model.condition(prompt)[0], expected, atol=1e-10, rtol=1e-9)
+    torch.testing.assert_close(model.encode_prompts(prompt)[0], expected, atol=1e-10, rtol=1e-9)
     assert max(most) == 128
 
 
@@ -102,7 +102,7 @@ def test_layers_run_again_leave_the_prompt_as_it_was(build):
     layer.self_attn.forward = lambda *args, **options: (
         caches.append(options["past_key_values"]) or inner(*args, **options)
     )
-    model.condition(PROMPTS)[0].sum().backward()
-    length = model.prepare(PROMPTS)["input_ids"].shape[1]
+    model.encode_prompts(PROMPTS)[0].sum().backward()
+    length = model.prepare_inputs(PROMPTS)["input_ids"].shape[1]
     for kept in caches[-1].layers:
         assert kept.keys.shape[2] == kept.values.shape[2] == length and not kept.keys.requires_grad

@@ -1,32 +1,11 @@
-"""Make the tiny world's frozen, "pre-trained" parts, each as its real counterpart was made.
+"""Make the toy MLLM: vision tower, tokenizer, language model, LLaVA-OneVision."""
 
-    python data/pretrain.py --out weights/new        every part that is not there yet, in order
-
-vae        a toy DC-AE (Sana's autoencoder), trained to redraw random scenes
-vision     a toy SigLIP tower, taught what each patch shows; it is the MLLM's eye
-llm        a toy Qwen2, trained to talk: of facts, of prompts, of pictures given to it as words
-mllm       LLaVA-OneVision of the two: the projector learns those words, then all talk of pictures
-diffusion  a toy Sana, conditioned on the last-layer embeddings of `llm`, as Sana is on Gemma's
-
-Each part is saved in the hub's own layout, so that `from_pretrained(folder)` loads it like the
-real one; vision/ and llm/ are steps on the way. About two hours on one core, less on two.
-"""
-
-import argparse
-import json
-import math
-import os
 import random
-import sys
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaTransformer2DModel
-from diffusers import __version__ as diffusers_version
-from PIL import Image
 from tokenizers import (
     Tokenizer,
     decoders,
@@ -35,8 +14,6 @@ from tokenizers import (
     pre_tokenizers,
     trainers,
 )
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 from transformers import (
     AutoProcessor,
     LlavaOnevisionConfig,
@@ -51,213 +28,25 @@ from transformers import (
     SiglipVisionModel,
 )
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from data.layers import choose_kernels
-from data.pictures import grid
-from data.shapes import (
+from metaquery import SYSTEM_PROMPT, conversation, to_device
+from toy.fit import fit, pictures_to_tensor
+from toy.scene import (
     BACKGROUNDS,
-    CAPTION_KINDS,
     COLORS,
     PATTERNS,
     PLACES,
     SHAPES,
-    SIX_KINDS,
-    TALKS,
     Scene,
-    Talk,
     coverage,
-    describe,
     place_of,
-    question,
     random_scene,
-    read,
     render,
-    sample,
-    score,
-    talks,
 )
-from metaquery import SYSTEM_PROMPT, conversation, to_device
+from toy.talk import TALKS, Talk, question, talks
+from toy.tasks import task
+from toy.words import describe
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are forks
 VISION_SIZE, VISION_PATCH = 60, 12
-
-
-def pictures_to_tensor(pictures):
-    """PIL pictures to (B, 3, H, W) float32 in [-1, 1]."""
-    stacked = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
-    return stacked.permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-class Batches(Dataset):
-    """What each step is trained on: of its number alone, so that a loader's workers can make it."""
-
-    def __init__(self, make, name):
-        self.make, self.name = make, name
-
-    def __getitem__(self, step):
-        """A dict of tensors."""
-        return self.make(random.Random(f"{self.name} {step}"))
-
-
-class Recorded:
-    """A loss and its gradients, recorded as a CUDA graph for each shape of its inputs and replayed.
-
-    A toy model's step is a thousand small kernels; replayed, they take a tenth of the time.
-    """
-
-    def __init__(self, loss_of, parameters):
-        self.loss_of, self.graphs = loss_of, {}
-        for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter)
-        self.gradients = [parameter.grad for parameter in parameters]
-
-    def step(self, batch):
-        """The loss of a batch; gradients are put in place, from zero."""
-        torch._foreach_zero_(self.gradients)
-        with torch.autocast(self.gradients[0].device.type, torch.bfloat16):
-            loss = self.loss_of(batch)
-        loss.backward()
-        return loss.detach()
-
-    def __call__(self, batch):
-        """As `step`."""
-        shape = tuple(part.shape for part in batch.values())
-        if shape not in self.graphs:
-            inputs, aside = {n: part.clone() for n, part in batch.items()}, torch.cuda.Stream()
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):
-                for _ in range(2):
-                    self.step(inputs)
-            torch.cuda.current_stream().wait_stream(aside)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                loss = self.step(inputs)
-            self.graphs[shape] = graph, inputs, loss
-        graph, inputs, loss = self.graphs[shape]
-        for name, part in batch.items():
-            inputs[name].copy_(part)
-        graph.replay()
-        return loss
-
-
-def fit(name, modules, make, loss_of, lr, args, evaluate=None, steps=None, ready=None):
-    """Minimise `loss_of(make(rng))` on args.device, with 5% warm-up and a cosine down to zero.
-
-    `ready`, without gradient, comes between the two; with it, a GPU replays what it recorded.
-
-    Muon for the matrices of the transformers, AdamW for the rest: toy models learn to copy and to
-    bind in about half the steps. Every 500 steps all is saved in `args.out/name.resume`, from which
-    the next call goes on.
-    """
-    steps, device = steps or args.steps, torch.device(args.device)
-    choose_kernels(device)
-    named = [item for module in modules for item in module.to(device).named_parameters()]
-    parameters = [p for _, p in named if p.requires_grad]
-    matrices = [p for n, p in named if p.requires_grad and p.ndim == 2 and "layers." in n]
-    chosen = {id(p) for p in matrices}
-    others = [p for p in parameters if id(p) not in chosen]
-    options = {"betas": (0.9, 0.98), "weight_decay": 0.01, "fused": True}
-    optimizers = [torch.optim.AdamW(others, lr=lr, **options)]
-    if matrices:
-        options = {"weight_decay": 0.01, "adjust_lr_fn": "match_rms_adamw"}
-        optimizers.append(torch.optim.Muon(matrices, lr=lr, **options))
-    saved, first, mean = args.out / f"{name}.resume", 0, None
-    if saved.exists():
-        state = torch.load(saved, weights_only=True)
-        for module, weights in zip(modules, state["modules"], strict=True):
-            module.load_state_dict(weights)
-        for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(kept)
-        first = state["step"]
-    loader = DataLoader(Batches(make, name), None, sampler=range(first, steps),
-                        num_workers=args.workers, pin_memory=device.type == "cuda",
-                        multiprocessing_context="fork" if args.workers else None)  # fmt: skip
-    recorded = Recorded(loss_of, parameters)
-    step_of = recorded if ready and device.type == "cuda" else recorded.step
-    bar = tqdm(loader, name, initial=first, total=steps, mininterval=10)
-    for step, batch in enumerate(bar, first):
-        if step > first and step % 500 == 0:
-            weights = [module.state_dict() for module in modules]
-            state = {"step": step, "modules": weights}
-            state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-            torch.save(state, saved.with_suffix(".part"))
-            saved.with_suffix(".part").rename(saved)
-        warm = min(1.0, (step + 1) / (0.05 * steps))
-        rate = lr * warm * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-        batch = to_device(batch, device)
-        if ready:
-            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
-                batch = ready(batch)
-        loss = step_of(batch)
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        mean = loss.clone() if mean is None else mean.lerp(loss, 0.02)
-        if (step + 1) % 20 == 0:
-            bar.set_postfix(loss=f"{mean.item():.4f}", refresh=False)
-        if (step + 1) % 200 == 0 or step + 1 == steps:
-            note = {"part": name, "step": step + 1, "loss": round(mean.item(), 5)}
-            if evaluate is not None and ((step + 1) % 2000 == 0 or step + 1 == steps):
-                note |= evaluate()
-            tqdm.write(json.dumps(note))
-    saved.unlink(missing_ok=True)
-    for module in modules:
-        module.cpu()
-
-
-def train_vae(args):
-    """A DC-AE: 64x64x3 to 8x8x8, plain L1 + L2."""
-    channels = (32, 32, 64, 128)
-    vae = AutoencoderDC(
-        in_channels=3,
-        latent_channels=8,
-        encoder_block_types="ResBlock",
-        decoder_block_types="ResBlock",
-        encoder_block_out_channels=channels,
-        decoder_block_out_channels=channels,
-        encoder_layers_per_block=(0, 1, 1, 1),
-        decoder_layers_per_block=(0, 2, 2, 2),
-        encoder_qkv_multiscales=((),) * 4,
-        decoder_qkv_multiscales=((),) * 4,
-    ).to(memory_format=torch.channels_last)
-
-    def make(rng):
-        scenes = [random_scene(rng, patterns=0.3, held_out=0.08) for _ in range(args.batch_size)]
-        return {"pixels": pictures_to_tensor([render(scene) for scene in scenes])}
-
-    def loss_of(batch):
-        pixels = batch["pixels"].to(memory_format=torch.channels_last)
-        redrawn = vae(pixels).sample.float()
-        return F.l1_loss(redrawn, pixels) + F.mse_loss(redrawn, pixels)
-
-    @torch.no_grad()
-    def evaluate():
-        scenes = [random_scene(random.Random(f"test {i}"), 0.2, 0.08) for i in range(200)]
-        pixels = pictures_to_tensor([render(s) for s in scenes]).to(vae.device)
-        latents = vae.encode(pixels).latent
-        pixels = vae.decode(latents).sample.clamp(-1, 1)
-        vae.register_to_config(scaling_factor=1 / latents.std().item())
-        redrawn = ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        right = [same(scene, redraw) for scene, redraw in zip(scenes, redrawn, strict=True)]
-        return {"readable": sum(right) / len(right)}
-
-    fit("vae", [vae], make, loss_of, 2e-3, args, evaluate)
-    vae.to(torch.bfloat16).save_pretrained(args.out / "diffusion" / "vae")
-
-
-def same(scene, array):
-    """Whether a picture (H, W, 3) of uint8 reads as exactly the objects of `scene`."""
-    seen, clear = read(Image.fromarray(array))
-    what = [
-        sorted(str((o.shape, o.color, o.pattern, o.inner)) for o in s.objects)
-        for s in (scene, seen)
-    ]
-    return clear and what[0] == what[1] and seen.background == scene.background
-
-
 SIDE = VISION_SIZE // VISION_PATCH
 
 
@@ -593,7 +382,7 @@ def examine(model, processor, words_only=False, number=100):
     }
     kinds = ("position", "dense", "knowledge", "edit", "one subject", "two subjects", "association")
     for kind in kinds:
-        made = [sample(kind, i, split="test") for i in range(number // 2)]
+        made = [task(kind, i, split="test") for i in range(number // 2)]
         groups[kind] = [Talk(s.prompt, s.plain, s.sources, True) for s in made]
     shares = {}
     for name, asked in groups.items():
@@ -615,7 +404,7 @@ def train_llm(args):
     model = Qwen2ForCausalLM(language_config(processor.tokenizer))
     embedding = model.model.embed_tokens
 
-    def ready(batch):
+    def encode(batch):
         pictures = imagine(batch.pop("pictures"), embedding.weight, processor.tokenizer)
         return {**batch, "seen": put(pictures, batch["place"])}
 
@@ -624,7 +413,7 @@ def train_llm(args):
 
     make = partial(talk_batch, args=args, processor=processor, picture=imagined)
     evaluate = partial(examine, model, processor, True)
-    fit("llm", [model], make, loss_of, 3e-3, args, evaluate, ready=ready)
+    fit("llm", [model], make, loss_of, 3e-3, args, evaluate, encode=encode)
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     model.save_pretrained(args.out / "llm")
 
@@ -681,7 +470,7 @@ def train_mllm(args):
     def picture(scenes):
         return scenes_to_tower(scenes or [Scene(())])  # an unused one: the tower takes no none
 
-    def ready(batch):
+    def encode(batch):
         states = eye(batch.pop("pictures"), output_hidden_states=True).hidden_states[-1]
         seen = put(F.pad(projector(states), (0, 0, 0, 1)), batch["place"])
         return {**batch, "seen": seen}
@@ -692,131 +481,7 @@ def train_mllm(args):
     make = partial(talk_batch, args=args, processor=processor, picture=picture)
     model.model.image_newline.requires_grad_(False)
     evaluate = partial(examine, model, processor)
-    fit("mllm", [model], make, loss_of, 1e-3, args, evaluate, ready=ready)
+    fit("mllm", [model], make, loss_of, 1e-3, args, evaluate, encode=encode)
     model.generation_config.eos_token_id = config.eos_token_id
     model.generation_config.pad_token_id = config.pad_token_id
     model.to(torch.bfloat16).save_pretrained(args.out / "mllm")
-
-
-def caption_inputs(tokenizer, prompts):
-    """The prompts' tokens behind the system turn, padded on the right, as model inputs."""
-    texts = [chat(tokenizer, conversation(prompt)) for prompt in prompts]
-    return dict(tokenizer(texts, return_tensors="pt", padding=True, padding_side="right"))
-
-
-@torch.no_grad()
-def caption_states(language, skip, input_ids, attention_mask):
-    """Last-layer states of the captions' tokens (the first `skip` left out) and their mask."""
-    states = language.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-    return states[:, skip:].float(), attention_mask[:, skip:]
-
-
-def train_diffusion(args):
-    """A toy Sana on captions alone: 8x8 latents, 6 layers, 192 wide, flow matching."""
-    tokenizer = AutoProcessor.from_pretrained(args.out / "mllm").tokenizer
-    language = Qwen2ForCausalLM.from_pretrained(args.out / "llm").eval().to(args.device)
-    vae = AutoencoderDC.from_pretrained(args.out / "diffusion" / "vae").eval().to(args.device)
-    skip = len(tokenizer(chat(tokenizer, conversation("")[:1], False))["input_ids"])
-    sana = SanaTransformer2DModel(
-        in_channels=8,
-        out_channels=8,
-        num_attention_heads=6,
-        attention_head_dim=32,
-        num_layers=6,
-        num_cross_attention_heads=3,
-        cross_attention_head_dim=64,
-        cross_attention_dim=192,
-        caption_channels=192,
-        sample_size=8,
-        interpolation_scale=1.0,
-    )
-    scheduler = DPMSolverMultistepScheduler(
-        algorithm_type="dpmsolver++",
-        prediction_type="flow_prediction",
-        use_flow_sigmas=True,
-        flow_shift=1.0,
-    )
-
-    def make(rng):
-        kinds = rng.choices(list(CAPTION_KINDS), list(CAPTION_KINDS.values()), k=args.batch_size)
-        made = [sample(kind, rng.randrange(1 << 40), "sana") for kind in kinds]
-        prompts = ["" if rng.random() < 0.1 else s.prompt for s in made]
-        pixels = pictures_to_tensor([s.picture for s in made])
-        return {"pixels": pixels, **caption_inputs(tokenizer, prompts)}
-
-    def loss_of(batch):
-        with torch.no_grad():
-            z = vae.encode(batch.pop("pixels")).latent.float() * vae.config.scaling_factor
-        states, mask = caption_states(language, skip, **batch)
-        sigma = torch.randn(len(z), device=z.device).sigmoid()
-        noise = torch.randn_like(z)
-        noisy = z + sigma.view(-1, 1, 1, 1) * (noise - z)
-        velocity = sana(noisy, states, 1000 * sigma, encoder_attention_mask=mask).sample
-        return F.mse_loss(velocity.float(), noise - z)
-
-    @torch.no_grad()
-    def evaluate(number=16):
-        right, drawn = {}, []
-        for kind in (*SIX_KINDS, "dense", "held-out"):
-            made = [sample(kind, i, split="test") for i in range(number)]
-            inputs = caption_inputs(tokenizer, [""] * number + [s.prompt for s in made])
-            states, mask = caption_states(language, skip, **to_device(inputs, args.device))
-            scheduler.set_timesteps(20)
-            z = torch.randn(number, 8, 8, 8, device=args.device)
-            for t in scheduler.timesteps:
-                two, times = z.repeat(2, 1, 1, 1), t.expand(2 * number).to(args.device)
-                with torch.autocast(args.device, torch.bfloat16):
-                    v = sana(two, states, times, encoder_attention_mask=mask).sample
-                free, asked = v.float().chunk(2)
-                z = scheduler.step(free + 3 * (asked - free), t, z).prev_sample
-            pixels = vae.decode(z / vae.config.scaling_factor).sample.clamp(-1, 1)
-            arrays = ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-            pictures = [Image.fromarray(array) for array in arrays]
-            right[kind] = (
-                sum(score(p, s.want) for p, s in zip(pictures, made, strict=True)) / number
-            )
-            drawn += pictures[:8]
-        grid(drawn, columns=8).save(args.out / "diffusion.png")
-        return right
-
-    fit("diffusion", [sana], make, loss_of, 1e-3, args, evaluate)
-    sana.to(torch.bfloat16).save_pretrained(args.out / "diffusion" / "transformer")
-    scheduler.save_pretrained(args.out / "diffusion" / "scheduler")
-    parts = {"transformer": sana, "vae": vae, "scheduler": scheduler}
-    index = {"_class_name": "SanaPipeline", "_diffusers_version": diffusers_version}
-    index |= {name: ["diffusers", type(part).__name__] for name, part in parts.items()}
-    (args.out / "diffusion" / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-# Each part's maker, its steps and batch, and the file that says that it is there.
-PARTS = {
-    "vae": (train_vae, 5500, 32, "diffusion/vae/config.json"),
-    "vision": (train_vision, 3000, 64, "vision/config.json"),
-    "llm": (train_llm, 1800, 16, "llm/config.json"),
-    "mllm": (train_mllm, 3000, 16, "mllm/config.json"),
-    "diffusion": (train_diffusion, 5500, 32, "diffusion/transformer/config.json"),
-}
-
-
-def main():
-    cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("weights/new"))
-    parser.add_argument("--part", choices=list(PARTS), help="make this part only, anew")
-    parser.add_argument("--steps", type=int, help="training steps of --part")
-    parser.add_argument("--batch-size", type=int, help="samples or conversations a step of --part")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", default="cuda" if cuda else "cpu")
-    parser.add_argument("--workers", type=int, default=(os.cpu_count() - 2) * cuda)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    asked = args.steps, args.batch_size
-    for name, (make, steps, batch_size, made) in PARTS.items():
-        if args.part == name or (args.part is None and not (args.out / made).exists()):
-            args.steps, args.batch_size = asked[0] or steps, asked[1] or batch_size
-            make(args)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,17 +1,20 @@
-"""The paper's sizes without their weights: architectures by hub id, and what they weigh.
+"""The paper's sizes without their weights: architectures by hub id, parameters and memory.
 
-    python metaquery.py --size base
+    python -m training.sizes base
 
 builds each part on the meta device, from the hub's or a folder's config if there is one and from
 the fields below if not, and prints its parameters and memory.
 """
 
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 
 import diffusers
 import torch
 import transformers
+
+from data.command_line import stop
+from metaquery import Connector, InputError, MetaQueryConfig, caption_width
 
 LLAVA, QWEN3, QWEN7 = (
     "llava-hf/llava-onevision-qwen2-0.5b-ov-hf",
@@ -85,7 +88,7 @@ def meta_mllm(name):
         config = transformers.AutoConfig.from_pretrained(name)
     except (OSError, ValueError):
         if name not in MLLMS:
-            raise OSError(f"{name} is not here and not known: name a folder with it.") from None
+            raise OSError(f"{name} is not cached and not a known size: name a folder.") from None
         config = MLLMS[name]()
     sees = hasattr(config, "vision_config")
     auto = transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
@@ -112,7 +115,7 @@ def count(module):
 
 
 def picture_tokens(mllm):
-    """Words for how many tokens a picture takes in the prompt, cut as conditions are (§3.1)."""
+    """How many tokens a picture takes in the prompt, as a phrase (§3.1)."""
     vision = getattr(mllm.config, "vision_config", None)
     if vision is None:
         return "no pictures"
@@ -128,16 +131,14 @@ def table(config):
     In training a frozen part costs its bf16 weights; a trained one its fp32 weights, gradients and
     AdamW's two moments. Activations come on top.
     """
-    from metaquery import Connector, condition_width
-
     mllm, (diffusion, vae) = meta_mllm(config.mllm), meta_diffusion(config.diffusion)
     d = mllm.config.get_text_config().hidden_size
     with torch.device("meta"):
-        width = condition_width(diffusion)
+        width = caption_width(diffusion)
         connector = Connector(d, width, config.connector_layers, config.connector)
     parts = [
         ("MLLM", count(mllm), config.train_mllm),
-        ("queries", config.num_queries * d, config.condition == "queries"),
+        ("queries", config.num_queries * d, config.condition_on == "queries"),
         ("connector", count(connector), True),
         ("diffusion model", count(diffusion), config.train_diffusion),
         ("VAE", count(vae), False),
@@ -157,15 +158,18 @@ def table(config):
 
 def main():
     """Print the table of a size, with any field of the config as a flag."""
-    from metaquery import InputError, MetaQueryConfig
-    from sample import stop
-
     parser = transformers.HfArgumentParser(MetaQueryConfig, description=__doc__)
-    parser.add_argument("--size", default="tiny", help="tiny, base, large or xlarge")
+    parser.error = stop
+    parser.add_argument("size", nargs="?", default="tiny", help="tiny, base, large or xlarge")
+    names = [field.name for field in fields(MetaQueryConfig)]
+    for action in parser._actions:
+        action.required = False  # the size names the parts
+    parser.set_defaults(**dict.fromkeys(names))
+    flags = vars(parser.parse_args())
+    size = flags.pop("size")
     try:
-        size = parser.parse_known_args()[0].size
-        parser.set_defaults(**asdict(MetaQueryConfig.preset(size)))
-        config, _ = parser.parse_args_into_dataclasses()
+        given = {name: value for name, value in flags.items() if value is not None}
+        config = MetaQueryConfig.preset(size, **given)
         rows, lengths = table(config)
     except (InputError, OSError, ValueError) as error:
         stop(error)
@@ -177,6 +181,8 @@ def main():
         shown = f"{number / 1e6:10.1f} M"
         print(f"{name:>16} {shown:>12}  {word:8} {dtype:8} {rest:5.2f} GB {training:6.2f} GB")
     print(lengths)
-    print(
-        "training: weights, gradients and AdamW's moments of one process, activations not counted"
-    )
+    print("training: weights, gradients and AdamW's moments of one process, without activations")
+
+
+if __name__ == "__main__":
+    main()

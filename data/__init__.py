@@ -1,0 +1,1 @@
+"""Real data: pictures, datasets, batches, and what each stage draws."""

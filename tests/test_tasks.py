@@ -1,0 +1,96 @@
+"""Tasks: deterministic, kept apart by split, and each solved by its own target alone."""
+
+import pytest
+
+from toy.scene import render, satisfies, score
+from toy.tasks import EDITS, KINDS, PICTURE_KINDS, SIX_KINDS, TEXT_KINDS, task
+
+
+@pytest.fixture(scope="module")
+def tasks():
+    return {kind: [task(kind, i, split="test") for i in range(40)] for kind in KINDS}
+
+
+def test_scorer_accepts_ground_truth(tasks):
+    """At least 99.5% of right pictures are accepted."""
+    made = [s for group in tasks.values() for s in group]
+    wrong = [s for s in made if not score(s.picture, s.goal)]
+    assert len(wrong) <= 0.005 * len(made), [s.prompt for s in wrong]
+
+
+def test_scorer_rejects_other_scenes(tasks):
+    """At most 0.5% of pictures of scenes that hold something else are accepted."""
+    pairs = [
+        (s, other)
+        for group in tasks.values()
+        for s, other in zip(group, group[1:] + group[:1], strict=True)
+        if not satisfies(other.target, s.goal)
+    ]
+    assert len(pairs) > 400
+    assert sum(score(other.picture, s.goal) for s, other in pairs) <= 0.005 * len(pairs)
+
+
+def test_a_task_is_its_seed_and_index():
+    for kind in KINDS:
+        first, again = task(kind, 123456789, 5), task(kind, 123456789, 5)
+        assert first == again and first.picture.tobytes() == again.picture.tobytes()
+        assert len({task(kind, i, 5).target for i in range(20)}) > 10
+
+
+def test_crowded_kinds_have_two_objects_or_more():
+    for kind in ("dense", "edit", "reconstruction"):
+        few, many = ([task(k, i) for i in range(200)] for k in (kind, f"crowded {kind}"))
+        few, many = (
+            [len((s.sources or [s.target])[0].objects) for s in all_] for all_ in (few, many)
+        )
+        assert min(few) == 1 and min(many) == 2 and max(many) == 4
+
+
+def test_test_prompts_are_never_trained_on():
+    for kind in TEXT_KINDS:
+        trained = {task(kind, i).prompt for i in range(400)}
+        if kind != "held-out":
+            assert trained.isdisjoint(task(kind, i, split="test").prompt for i in range(200))
+
+
+def test_six_kinds_ask_for_what_their_words_say(tasks):
+    for kind in SIX_KINDS:
+        for made in tasks[kind]:
+            for wanted in made.goal.objects:
+                assert wanted.shape in made.prompt
+                assert wanted.color is None or wanted.color in made.prompt
+            if kind == "counting":
+                assert len(made.goal.objects) in (2, 3, 4)
+
+
+def test_edits_change_what_they_say_and_keep_the_rest(tasks):
+    made = [task("edit", i) for i in range(200)]
+    assert all(s.sources[0] != s.target for s in made)
+    for s in made:
+        before, after = set(s.sources[0].objects), set(s.target.objects)
+        assert len(before - after) <= 2 and len(after - before) <= 2
+    assert len({s.prompt.split()[0] for s in made}) >= len(EDITS)
+
+
+@pytest.mark.parametrize("kind", PICTURE_KINDS)
+def test_picture_kinds_are_scored_exactly(kind):
+    """Right pictures pass and those of other tasks of the kind do not."""
+    made = [task(kind, i, split="test") for i in range(60)]
+    assert sum(score(s.picture, s.goal) for s in made) >= 0.99 * len(made)
+    wrong = [
+        score(render(made[i - 1].target), s.goal)
+        for i, s in enumerate(made)
+        if not satisfies(made[i - 1].target, s.goal)
+    ]
+    assert len(wrong) > 40 and not any(wrong)
+    for s in made:
+        assert 1 <= len(s.sources) <= 3 and (kind == "reconstruction") == (not s.prompt)
+        if "subject" in kind:
+            subject = s.sources[0].objects[0]
+            assert subject.color not in s.prompt or subject.shape not in s.prompt
+
+
+def test_edits_are_of_every_kind_and_change_something():
+    made = [task("edit", i) for i in range(300)]
+    assert all(s.sources[0] != s.target for s in made)
+    assert len({s.prompt.split()[0] for s in made}) >= 12 and len(EDITS) == 7

@@ -1,0 +1,209 @@
+"""Make the toy world's frozen, "pre-trained" parts, each as its real counterpart was made.
+
+    python -m toy.pretrain --out weights/new        every part that is not there yet, in order
+
+vae        a toy DC-AE (Sana's autoencoder), trained to redraw random scenes
+vision     a toy SigLIP tower, taught what each patch shows; it is the MLLM's eye
+llm        a toy Qwen2, trained to talk: of facts, of prompts, of pictures given to it as words
+mllm       LLaVA-OneVision of the two: the projector learns those words, then all talk of pictures
+diffusion  a toy Sana, conditioned on the last-layer embeddings of `llm`, as Sana is on Gemma's
+
+Each part is saved in the hub's own layout, so that `from_pretrained(folder)` loads it like the
+real one; vision/ and llm/ are steps on the way. About two hours on one core, less on two.
+"""
+
+import argparse
+import json
+import os
+import random
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaTransformer2DModel
+from diffusers import __version__ as diffusers_version
+from PIL import Image
+from torchvision.utils import save_image
+from transformers import AutoProcessor, Qwen2ForCausalLM
+
+from metaquery import conversation, to_device
+from toy.fit import fit, pictures_to_tensor
+from toy.pretrain_mllm import chat, train_llm, train_mllm, train_vision
+from toy.scene import random_scene, read, render, score
+from toy.tasks import CAPTION_KINDS, SIX_KINDS, task
+
+
+def train_vae(args):
+    """A DC-AE: 64x64x3 to 8x8x8, plain L1 + L2."""
+    channels = (32, 32, 64, 128)
+    vae = AutoencoderDC(
+        in_channels=3,
+        latent_channels=8,
+        encoder_block_types="ResBlock",
+        decoder_block_types="ResBlock",
+        encoder_block_out_channels=channels,
+        decoder_block_out_channels=channels,
+        encoder_layers_per_block=(0, 1, 1, 1),
+        decoder_layers_per_block=(0, 2, 2, 2),
+        encoder_qkv_multiscales=((),) * 4,
+        decoder_qkv_multiscales=((),) * 4,
+    ).to(memory_format=torch.channels_last)
+
+    def make(rng):
+        scenes = [random_scene(rng, patterns=0.3, held_out=0.08) for _ in range(args.batch_size)]
+        return {"pixels": pictures_to_tensor([render(scene) for scene in scenes])}
+
+    def loss_of(batch):
+        pixels = batch["pixels"].to(memory_format=torch.channels_last)
+        redrawn = vae(pixels).sample.float()
+        return F.l1_loss(redrawn, pixels) + F.mse_loss(redrawn, pixels)
+
+    @torch.no_grad()
+    def evaluate():
+        scenes = [random_scene(random.Random(f"test {i}"), 0.2, 0.08) for i in range(200)]
+        pixels = pictures_to_tensor([render(s) for s in scenes]).to(vae.device)
+        latents = vae.encode(pixels).latent
+        pixels = vae.decode(latents).sample.clamp(-1, 1)
+        vae.register_to_config(scaling_factor=1 / latents.std().item())
+        redrawn = ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        right = [same(scene, redraw) for scene, redraw in zip(scenes, redrawn, strict=True)]
+        return {"readable": sum(right) / len(right)}
+
+    fit("vae", [vae], make, loss_of, 2e-3, args, evaluate)
+    vae.to(torch.bfloat16).save_pretrained(args.out / "diffusion" / "vae")
+
+
+def same(scene, array):
+    """Whether a picture (H, W, 3) of uint8 reads as exactly the objects of `scene`."""
+    seen, clear = read(Image.fromarray(array))
+    what = [
+        sorted(str((o.shape, o.color, o.pattern, o.inner)) for o in s.objects)
+        for s in (scene, seen)
+    ]
+    return clear and what[0] == what[1] and seen.background == scene.background
+
+
+def caption_inputs(tokenizer, prompts):
+    """The prompts' tokens behind the system turn, padded on the right, as model inputs."""
+    texts = [chat(tokenizer, conversation(prompt)) for prompt in prompts]
+    return dict(tokenizer(texts, return_tensors="pt", padding=True, padding_side="right"))
+
+
+@torch.no_grad()
+def caption_states(language, skip, input_ids, attention_mask):
+    """Last-layer states of the captions' tokens (the first `skip` left out) and their mask."""
+    states = language.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    return states[:, skip:].float(), attention_mask[:, skip:]
+
+
+def train_diffusion(args):
+    """A toy Sana on captions alone: 8x8 latents, 6 layers, 192 wide, flow matching."""
+    tokenizer = AutoProcessor.from_pretrained(args.out / "mllm").tokenizer
+    language = Qwen2ForCausalLM.from_pretrained(args.out / "llm").eval().to(args.device)
+    vae = AutoencoderDC.from_pretrained(args.out / "diffusion" / "vae").eval().to(args.device)
+    skip = len(tokenizer(chat(tokenizer, conversation("")[:1], False))["input_ids"])
+    sana = SanaTransformer2DModel(
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=6,
+        attention_head_dim=32,
+        num_layers=6,
+        num_cross_attention_heads=3,
+        cross_attention_head_dim=64,
+        cross_attention_dim=192,
+        caption_channels=192,
+        sample_size=8,
+        interpolation_scale=1.0,
+    )
+    scheduler = DPMSolverMultistepScheduler(
+        algorithm_type="dpmsolver++",
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=1.0,
+    )
+
+    def make(rng):
+        kinds = rng.choices(list(CAPTION_KINDS), list(CAPTION_KINDS.values()), k=args.batch_size)
+        made = [task(kind, rng.randrange(1 << 40), "sana") for kind in kinds]
+        prompts = ["" if rng.random() < 0.1 else s.prompt for s in made]
+        pixels = pictures_to_tensor([s.picture for s in made])
+        return {"pixels": pixels, **caption_inputs(tokenizer, prompts)}
+
+    def loss_of(batch):
+        with torch.no_grad():
+            z = vae.encode(batch.pop("pixels")).latent.float() * vae.config.scaling_factor
+        states, mask = caption_states(language, skip, **batch)
+        sigma = torch.randn(len(z), device=z.device).sigmoid()
+        noise = torch.randn_like(z)
+        noisy = z + sigma.view(-1, 1, 1, 1) * (noise - z)
+        velocity = sana(noisy, states, 1000 * sigma, encoder_attention_mask=mask).sample
+        return F.mse_loss(velocity.float(), noise - z)
+
+    @torch.no_grad()
+    def evaluate(number=16):
+        right, drawn = {}, []
+        for kind in (*SIX_KINDS, "dense", "held-out"):
+            made = [task(kind, i, split="test") for i in range(number)]
+            inputs = caption_inputs(tokenizer, [""] * number + [s.prompt for s in made])
+            states, mask = caption_states(language, skip, **to_device(inputs, args.device))
+            scheduler.set_timesteps(20)
+            z = torch.randn(number, 8, 8, 8, device=args.device)
+            for t in scheduler.timesteps:
+                two, times = z.repeat(2, 1, 1, 1), t.expand(2 * number).to(args.device)
+                with torch.autocast(args.device, torch.bfloat16):
+                    v = sana(two, states, times, encoder_attention_mask=mask).sample
+                free, asked = v.float().chunk(2)
+                z = scheduler.step(free + 3 * (asked - free), t, z).prev_sample
+            pixels = vae.decode(z / vae.config.scaling_factor).sample.clamp(-1, 1)
+            arrays = ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+            pictures = [Image.fromarray(array) for array in arrays]
+            right[kind] = (
+                sum(score(p, s.goal) for p, s in zip(pictures, made, strict=True)) / number
+            )
+            drawn += pixels[:8].float().cpu()
+        save_image(drawn, args.out / "diffusion.png", nrow=8, normalize=True, value_range=(-1, 1))
+        return right
+
+    fit("diffusion", [sana], make, loss_of, 1e-3, args, evaluate)
+    sana.to(torch.bfloat16).save_pretrained(args.out / "diffusion" / "transformer")
+    scheduler.save_pretrained(args.out / "diffusion" / "scheduler")
+    parts = {"transformer": sana, "vae": vae, "scheduler": scheduler}
+    index = {"_class_name": "SanaPipeline", "_diffusers_version": diffusers_version}
+    index |= {name: ["diffusers", type(part).__name__] for name, part in parts.items()}
+    (args.out / "diffusion" / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+# Each part's maker, its steps and batch, and the file that says that it is there.
+PARTS = {
+    "vae": (train_vae, 5500, 32, "diffusion/vae/config.json"),
+    "vision": (train_vision, 3000, 64, "vision/config.json"),
+    "llm": (train_llm, 1800, 16, "llm/config.json"),
+    "mllm": (train_mllm, 3000, 16, "mllm/config.json"),
+    "diffusion": (train_diffusion, 5500, 32, "diffusion/transformer/config.json"),
+}
+
+
+def main():
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("weights/new"))
+    parser.add_argument(
+        "--part", choices=list(PARTS), help="make this part only, again if it is there"
+    )
+    parser.add_argument("--steps", type=int, help="training steps of --part")
+    parser.add_argument("--batch-size", type=int, help="samples or conversations a step of --part")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--workers", type=int, default=(os.cpu_count() - 2) * cuda)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    asked = args.steps, args.batch_size
+    for name, (make, steps, batch_size, made) in PARTS.items():
+        if args.part == name or (args.part is None and not (args.out / made).exists()):
+            args.steps, args.batch_size = asked[0] or steps, asked[1] or batch_size
+            make(args)
+
+
+if __name__ == "__main__":
+    main()

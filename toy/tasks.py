@@ -1,0 +1,418 @@
+"""The toy world's tasks: what to draw, from which prompt and pictures, and how to judge it.
+
+    task("position", 7)            a task to train on: prompt "a red star left of a blue circle"
+    task("edit", 7, split="test")  a task of the benchmark: prompt "make it green", and a picture
+
+A task follows from (seed, split, kind, index) alone, so that a resumed run and every worker see the
+same data without any file. MAKERS has one maker per kind: a function of a random generator.
+"""
+
+import random
+import zlib
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from toy import scene as world
+from toy import words as vocabulary
+from toy.scene import Goal, GoalObject, Object, Pair, Scene, place_objects, random_pair, render
+from toy.words import RELATIONS, SIDES, WHERE, counted, describe, plural, refer, with_article
+
+# The layout that has a place at this side.
+LINES = {"left": "row", "right": "row", "top": "column", "bottom": "column"}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One thing to draw: `prompt` and source scenes in; a right `target` scene, and what is asked.
+
+    `plain` says in plain words what is to be drawn: the MLLM's own restatement of the prompt.
+    """
+
+    kind: str = field(default="", kw_only=True)  # set by `task`, not by the makers
+    prompt: str
+    target: Scene
+    goal: Goal
+    plain: str
+    sources: tuple[Scene, ...] = ()
+
+    @property
+    def images(self):
+        """The source pictures, PIL."""
+        return [render(scene) for scene in self.sources]
+
+    @property
+    def picture(self):
+        """The target picture, PIL."""
+        return render(self.target)
+
+
+def _draw_as_it_is(prompt, target, sources=(), exact=False):
+    """The task whose goal is the whole target; `exact` also asks for its objects' centres."""
+    return Task(prompt, target, world.goal_of(target, exact), describe(target), tuple(sources))
+
+
+def _wrapped(rng, words):
+    return rng.choice(vocabulary.WRAPPERS).format(words)
+
+
+def _name(pair, coloured=True):
+    return f"{pair.color} {pair.shape}" if coloured else pair.shape
+
+
+def _goal(pairs, coloured=True, relation=None):
+    """The goal to show these pairs; not `coloured`: in any colour."""
+    objects = [GoalObject(pair.color if coloured else None, pair.shape) for pair in pairs]
+    return Goal(tuple(objects), relation)
+
+
+def one_object(rng, coloured, held_out=False):
+    """ "a photo of a star"; coloured: "a red star"; held out: a pair of HELD_OUT."""
+    pair = random_pair(rng, held_out=held_out)
+    name = _name(pair, coloured)
+    target = place_objects(rng, [pair])
+    plain = words = with_article(name)
+    if not plain.startswith("an") and rng.random() < 0.2:
+        words = rng.choice(("one ", "a single ")) + name
+    return Task(_wrapped(rng, words), target, _goal([pair], coloured), plain)
+
+
+def counting(rng):
+    """ "three stars" or "3 red stars"."""
+    pair = random_pair(rng)
+    number = rng.randint(2, 4)
+    coloured = rng.random() < 0.5
+    name = _name(pair, coloured)
+    target = place_objects(rng, [pair] * number)
+    plain = counted(number, name)
+    words = rng.choice((plain, plain, f"{number} {plural(name)}"))
+    return Task(_wrapped(rng, words), target, _goal([pair] * number, coloured), plain)
+
+
+def _different_pairs(rng, coloured):
+    """Two pairs that differ in what is named: in the shape, or if coloured in either."""
+    first = random_pair(rng)
+    taken = [first] if coloured else [Pair(color, first.shape) for color in world.COLORS]
+    return first, random_pair(rng, taken)
+
+
+def two_objects(rng, coloured):
+    """ "a star and a cross"; coloured: "a red star next to a blue cross"."""
+    pairs = _different_pairs(rng, coloured)
+    first, second = (with_article(_name(pair, coloured)) for pair in pairs)
+    joint = rng.choice(("and", "and", "and", "with", "next to"))
+    target = place_objects(rng, pairs)
+    words = _wrapped(rng, f"{first} {joint} {second}")
+    return Task(words, target, _goal(pairs, coloured), f"{first} and {second}")
+
+
+def position(rng):
+    """ "a star left of a cross" or "a blue cross with a red star to its left"."""
+    coloured = rng.random() < 0.5
+    pairs = _different_pairs(rng, coloured)
+    first, second = (with_article(_name(pair, coloured)) for pair in pairs)
+    relation = rng.choice(tuple(RELATIONS))
+    places = SIDES[relation]
+    ways = [f"{first} {words} {second}" for words in RELATIONS[relation] * 2]
+    ways.append(f"{second} with {first} {vocabulary.ITS_SIDE[relation]}")
+    ways.append(f"{first} {WHERE[places[0]]} and {second} {WHERE[places[1]]}")
+    words = rng.choice(ways)
+    target = place_objects(rng, pairs, LINES[places[0]], places)
+    plain = f"{first} {relation} {second}"
+    return Task(_wrapped(rng, words), target, _goal(pairs, coloured, relation), plain)
+
+
+def dense(rng, least=1):
+    """ "on a grey background, a red star at the top and a blue cross on the left" (as DPG-Bench).
+
+    Tells every colour, every place and the background. `least` is the fewest objects.
+    """
+    scene = world.random_scene(rng, patterns=0.3, least=least)
+    words = describe(scene)
+    if " on a " in words and rng.random() < 0.3:
+        words, ground = words.rsplit(" on ", 1)
+        words = f"on {ground}, {words}"
+    elif scene.background == "white" and rng.random() < 0.2:
+        words += " on a white background"
+    return _draw_as_it_is(_wrapped(rng, words), scene)
+
+
+def knowledge(rng, commonsense=False):
+    """ "something red in the shape of a wheel", "as many red stars as a dog has legs" (as WISE).
+
+    A fact tells the colour, the shape, both or the number. `commonsense`: the colour, from a pair
+    of things that are easily confused: "a star the colour of an unripe banana".
+    """
+    thing = rng.choice(rng.choice(vocabulary.COMMONSENSE)) if commonsense else None
+    color, shape = random_pair(rng)
+    colour = rng.choice(("colour", "color"))
+    told = "color" if commonsense else rng.choice(("color", "shape", "both", "count"))
+    if commonsense:
+        color = vocabulary.FACTS["color"][thing]
+        while (color, shape) in world.HELD_OUT:
+            shape = rng.choice(world.SHAPES)
+    elif told in ("color", "both"):
+        thing = rng.choice(vocabulary.COLOR_FACTS[color])
+    form = rng.choice(vocabulary.SHAPE_FACTS[shape])
+    number = 1
+    if told == "color":
+        way = rng.choice(("{} the {} of {}", "{} in the {} of {}", "{} with the same {} as {}"))
+        words = way.format(with_article(shape), colour, thing)
+    elif told == "shape":
+        ways = [f"{with_article(color)} object shaped like {form}"]
+        ways += [f"something {color} in the shape of {form}"]
+        ways += [f"{with_article(color)} thing with the shape of {form}"]
+        words = rng.choice(ways)
+    elif told == "both":
+        ways = [f"something shaped like {form} in the {colour} of {thing}"]
+        ways += [f"an object the {colour} of {thing} and the shape of {form}"]
+        words = rng.choice(ways)
+    else:
+        (owner, parts), number = rng.choice(tuple(vocabulary.FACTS["count"].items()))
+        words = f"as many {color} {plural(shape)} as {owner} has {parts}"
+    pairs = [Pair(color, shape)] * number
+    target = place_objects(rng, pairs)
+    return Task(_wrapped(rng, words), target, _goal(pairs), counted(number, _name(pairs[0])))
+
+
+def reconstruction(rng, least=1):
+    """A picture and the prompt "": draw it again. `least` is the fewest objects."""
+    scene = world.random_scene(rng, patterns=0.1, least=least)
+    return _draw_as_it_is("", scene, [scene], exact=True)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is drawn before an edit, of which it uses what it needs."""
+
+    scene: Scene
+    item: Object  # the object to change
+    it: str | None  # words for that object and no other of the scene; None where there are none
+    new: Pair
+
+
+def _replaced(scene, old, new=()):
+    """The scene without the objects `old`, and with the objects `new`."""
+    kept = [item for item in scene.objects if item not in old]
+    return replace(scene, objects=(*kept, *new))
+
+
+def recolour(rng, choice):
+    """ "paint the star blue"."""
+    item, color = choice.item, choice.new.color
+    if choice.it is None or color == item.color:
+        return None
+    ways = ["make {} {}", "paint {} {}", "turn {} {}", "change the colour of {} to {}"]
+    ways += ["change the color of {} to {}", "recolour {} to {}"]
+    words = rng.choice(ways).format(choice.it, color)
+    return words, _replaced(choice.scene, [item], [replace(item, color=color)])
+
+
+def reshape(rng, choice):
+    """ "turn the red star into a circle"."""
+    item, shape = choice.item, choice.new.shape
+    if choice.it is None or shape == item.shape:
+        return None
+    ways = ("turn {} into {}", "change {} into {}", "make {} {}", "replace {} with {}")
+    words = rng.choice(ways).format(choice.it, with_article(shape))
+    return words, _replaced(choice.scene, [item], [replace(item, shape=shape)])
+
+
+def add(rng, choice):
+    """ "put a blue circle on the left"."""
+    free = world.free_places(choice.scene)
+    if not free:
+        return None
+    place = rng.choice(free)
+    added = place_objects(rng, [choice.new], world.layout_of(choice.scene), [place]).objects
+    verb = rng.choice(("add", "put", "place", "draw"))
+    words = f"{verb} {with_article(_name(choice.new))} {WHERE[place]}"
+    return words, _replaced(choice.scene, [], added)
+
+
+def remove(rng, choice):
+    """ "take away the cross"."""
+    if choice.it is None or len(choice.scene.objects) == 1:
+        return None
+    verb = rng.choice(("remove", "delete", "take away", "erase", "get rid of"))
+    return f"{verb} {choice.it}", _replaced(choice.scene, [choice.item])
+
+
+def move(rng, choice):
+    """ "move the star to the top left"."""
+    free = world.free_places(choice.scene)
+    if choice.it is None or not free:
+        return None
+    place = rng.choice(free)
+    verb = rng.choice(("move", "shift", "put"))
+    words = f"{verb} {choice.it} {WHERE[place] if verb == 'put' else f'to the {place}'}"
+    x, y = world.near(rng, place)
+    return words, _replaced(choice.scene, [choice.item], [replace(choice.item, x=x, y=y)])
+
+
+def swap(rng, choice):
+    """ "swap the star and the blue circle"."""
+    scene, item = choice.scene, choice.item
+    if choice.it is None or len(scene.objects) == 1:
+        return None
+    other = rng.choice([other for other in scene.objects if other != item])
+    name = refer(rng, scene, other)
+    if name is None or (other.shape, other.color) == (item.shape, item.color):
+        return None
+    ways = ("swap {} and {}", "exchange {} and {}", "let {} and {} change places")
+    words = rng.choice(ways).format(choice.it, name)
+    swapped = [replace(item, x=other.x, y=other.y), replace(other, x=item.x, y=item.y)]
+    return words, _replaced(scene, [item, other], swapped)
+
+
+def background(rng, choice):
+    """ "make the background grey"."""
+    ground = rng.choice([name for name in world.BACKGROUNDS if name != choice.scene.background])
+    ways = ["make the background {}", "change the background to {}", "set the background to {}"]
+    ways += ["put it all on a {} background"]
+    return rng.choice(ways).format(ground), replace(choice.scene, background=ground)
+
+
+# Each returns (instruction, edited scene), or None where it does not suit the scene.
+EDITS = {make.__name__: make for make in (recolour, reshape, add, remove, move, swap, background)}
+
+
+def edit(rng, least=1):
+    """A picture and "make the star green": all that is not named stays. `least`: fewest objects."""
+    make_edit = EDITS[rng.choice(tuple(EDITS))]
+    while True:
+        scene = world.random_scene(rng, least=least)
+        item = scene.objects[rng.randrange(len(scene.objects))]
+        edited = make_edit(rng, Choice(scene, item, refer(rng, scene, item), random_pair(rng)))
+        if edited is not None:
+            words, target = edited
+            pairs = {(o.color, o.shape) for o in target.objects if o.pattern == "plain"}
+            if not pairs & world.HELD_OUT:
+                return _draw_as_it_is(words, target, [scene], exact=True)
+
+
+def subjects(rng, number):
+    """Pictures of 1 to 3 subjects that the prompt never names (paper section 5.4).
+
+    One: "this object left of a red star", "two copies of it"; two: "the first object above the
+    second"; three: "all three objects together".
+    """
+    items = []
+    for _ in range(number):
+        color, shape = random_pair(rng)
+        item = Object(shape, color)
+        two_colours = rng.random() <= (0.7 if number < 3 else 0)
+        items.append(world.two_coloured(rng, item) if two_colours else item)
+    grounds = [rng.choice(tuple(world.BACKGROUNDS)) for _ in items]
+    sources = []
+    for item, ground in zip(items, grounds, strict=True):
+        sources.append(place_objects(rng, [item], background=ground))
+    it = rng.choice(("the same object", "this object", "it"))
+    other = random_pair(rng, taken=[(item.color, item.shape) for item in items])
+    relation = rng.choice(tuple(RELATIONS))
+    related = {"layout": LINES[SIDES[relation][0]], "places": SIDES[relation]}
+    arrangement = {}  # arguments of place_objects: by default the layout of so many objects
+    case = rng.randrange(5) if number == 1 else None
+    if number == 3:
+        words = rng.choice(("all three objects together", "the three objects in one picture"))
+    elif number == 2:
+        ways = ("both objects side by side", "both objects", "the first object {} the second")
+        words = rng.choice(ways)
+        if "{}" in words:
+            words = words.format(rng.choice(RELATIONS[relation]))
+            arrangement = related
+    elif case < 2:
+        words = f"{it} {rng.choice(RELATIONS[relation])} {with_article(_name(other))}"
+        items.append(other)
+        arrangement = related
+    elif case == 2:
+        words = rng.choice(("two of this object", "this object twice", "two copies of it"))
+        items = items * 2
+    elif case == 3:
+        ground = rng.choice([name for name in world.BACKGROUNDS if name != grounds[0]])
+        words = f"{it} on a {ground} background"
+        arrangement = {"background": ground}
+    else:
+        place = rng.choice(tuple(LINES))
+        words = f"{it} {WHERE[place]}"
+        arrangement = {"layout": LINES[place], "places": [place]}
+    return _draw_as_it_is(words, place_objects(rng, items, **arrangement), sources)
+
+
+def association(rng):
+    """A picture to reason about and "one more of these", "what is missing here", "the odd one out".
+
+    Paper section 5.4, Figure 8. What is missing: the fourth pair of two colours and two shapes.
+    """
+    first, second = random_pair(rng), random_pair(rng)
+    case = rng.choice(("more", "fewer", "missing", "odd"))
+    if case in ("more", "fewer"):
+        number = rng.randint(1, 3)
+        counts = (number, number + 1) if case == "more" else (number + 1, number)
+        source, target = (place_objects(rng, [first] * count) for count in counts)
+        more = ("one more of these", "one more", "add another one")
+        fewer = ("one fewer of these", "one less", "take one away")
+        return _draw_as_it_is(rng.choice(more if case == "more" else fewer), target, [source])
+    grid = [Pair(c, s) for c in (first.color, second.color) for s in (first.shape, second.shape)]
+    if case == "missing":
+        if len(set(grid)) < 4 or set(grid) & world.HELD_OUT:
+            return association(rng)  # there is no such puzzle with these pairs
+        rng.shuffle(grid)
+        answer = grid[3]
+        source = place_objects(rng, grid[:3], "corners")
+        ways = ("the shape with the missing colour", "the missing object", "what is missing here")
+    else:
+        if first == second:
+            return association(rng)
+        answer = second
+        pairs = [first] * (rng.choice((3, 4)) - 1) + [second]
+        rng.shuffle(pairs)
+        source = place_objects(rng, pairs)
+        ways = ("the odd one out", "only the one that is different", "the one that does not belong")
+    return _draw_as_it_is(rng.choice(ways), place_objects(rng, [answer]), [source])
+
+
+# "crowded": two objects or more, of which training needs more than chance gives.
+MAKERS = {
+    "single object": partial(one_object, coloured=False),
+    "colors": partial(one_object, coloured=True),
+    "counting": counting,
+    "two objects": partial(two_objects, coloured=False),
+    "position": position,
+    "attribution": partial(two_objects, coloured=True),
+    "dense": dense,
+    "knowledge": knowledge,
+    "commonsense": partial(knowledge, commonsense=True),
+    "reconstruction": reconstruction,
+    "edit": edit,
+    "one subject": partial(subjects, number=1),
+    "two subjects": partial(subjects, number=2),
+    "three subjects": partial(subjects, number=3),
+    "association": association,
+    "crowded dense": partial(dense, least=2),
+    "crowded reconstruction": partial(reconstruction, least=2),
+    "crowded edit": partial(edit, least=2),
+    "held-out": partial(one_object, coloured=True, held_out=True),
+}
+KINDS = tuple(MAKERS)
+SIX_KINDS = ("single object", "two objects", "counting", "colors", "position", "attribution")
+# The kinds of the benchmark: prompts alone, and prompts with pictures.
+TEXT_KINDS = (*SIX_KINDS, "dense", "knowledge", "commonsense", "held-out")
+PICTURE_KINDS = ("reconstruction", "edit", "one subject", "two subjects", "three subjects")
+PICTURE_KINDS += ("association",)
+# The kinds that captions are trained on, with weights.
+CAPTION_KINDS = {"single object": 2, "colors": 3, "two objects": 2, "counting": 3}
+CAPTION_KINDS |= {"position": 4, "attribution": 3, "dense": 4}
+
+
+def task(kind, index, seed=0, split="train"):
+    """The index-th task of a kind. `split` "test" yields only prompts that training never has.
+
+    Tasks with pictures and "held-out" may repeat a prompt: their pictures or pairs are unseen.
+    Raises KeyError for a kind that is not in KINDS.
+    """
+    rng = random.Random(f"{split} {seed} {kind} {index}")
+    while True:
+        made = replace(MAKERS[kind](rng), kind=kind)
+        for_test = zlib.crc32(made.prompt.encode()) % 8 == 0  # one prompt in eight
+        if made.sources or kind == "held-out" or for_test == (split == "test"):
+            return made

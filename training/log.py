@@ -1,0 +1,114 @@
+"""The log of a training run: a progress bar, log.jsonl and, if installed, TensorBoard's files."""
+
+import json
+import math
+import resource
+import time
+from contextlib import suppress
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+SMOOTHING = 0.98  # of the loss that the bar shows
+
+
+class StepResult(NamedTuple):
+    """What one training step gave."""
+
+    step: int
+    loss: float
+    stop_votes: int  # processes that were told to stop
+    grad_norm: float
+    lr: float
+
+    @property
+    def is_finite(self):
+        return math.isfinite(self.loss + self.grad_norm)
+
+
+class Delayed:
+    """Reads a step's numbers from the device once the next step is on its way.
+
+    Reading at once would make the device wait for the host at every step.
+    """
+
+    def __init__(self):
+        self.pending = None
+
+    def push(self, step, loss, stop_votes, grad_norm, lr):
+        """Take a step's numbers, scalar tensors; returns the `StepResult` before it, or None."""
+        before = self.pop()
+        numbers = torch.stack([loss, stop_votes, grad_norm]).to("cpu", non_blocking=True)
+        copied = torch.cuda.Event() if loss.is_cuda else None
+        if copied:
+            copied.record()
+        self.pending = (step, numbers, copied, lr)
+        return before
+
+    def pop(self):
+        """The `StepResult` that was pushed last, or None."""
+        if self.pending is None:
+            return None
+        step, numbers, copied, lr = self.pending
+        self.pending = None
+        if copied:
+            copied.synchronize()
+        loss, stop_votes, grad_norm = numbers.tolist()
+        return StepResult(step, loss, int(stop_votes), grad_norm, lr)
+
+
+class Log:
+    """Writes each step's figures, in the process of rank 0 only."""
+
+    def __init__(self, out, config, first, rank):
+        self.config, self.first, self.quiet = config, first, rank > 0
+        self.began = time.time()
+        self.waited = 0.0  # seconds spent waiting for data
+        self.skipped_steps, self.skipped_samples = 0, 0
+        self.smooth_loss = None
+        self.bar = tqdm(initial=first, total=config.steps, disable=self.quiet, mininterval=2)
+        self.board = None
+        if self.quiet:
+            return
+        path = out / "log.jsonl"
+        # Steps after the checkpoint that a run resumes from are done, and logged, again.
+        kept = path.read_text().splitlines(keepends=True)[:first] if path.exists() else []
+        self.file = open(path, "w")
+        self.file.writelines(kept)
+        with suppress(ImportError):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(out / "tensorboard", purge_step=first)
+
+    def write(self, result):
+        """A line of log.jsonl, the bar and the board."""
+        self.skipped_steps += not result.is_finite
+        if result.is_finite:
+            before = self.smooth_loss or result.loss
+            self.smooth_loss = SMOOTHING * before + (1 - SMOOTHING) * result.loss
+        if self.quiet:
+            return
+        passed = time.time() - self.began
+        rate = (result.step - self.first) * self.config.batch_size / passed
+        shown = {"loss": f"{self.smooth_loss or math.nan:.4f}", "samples_s": f"{rate:.0f}"}
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update()
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if self.config.device.startswith("cuda"):
+            memory = torch.cuda.max_memory_allocated()
+        entry = {
+            "step": result.step,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": result.lr,
+            "samples_per_s": round(rate, 1),
+            "data_wait": round(self.waited / passed, 4),
+            "skipped_steps": self.skipped_steps,
+            "skipped_samples": self.skipped_samples,
+            "memory_gb": round(memory / 1e9, 2),
+        }
+        self.file.write(json.dumps(entry) + "\n")
+        self.file.flush()
+        for name, value in entry.items() if self.board else ():
+            self.board.add_scalar(name, value, result.step)
