@@ -207,50 +207,50 @@ def train(config, changes):
             )
         return result.stop_votes > 0
 
-    while not ended and step < config.steps:
-        # 1. This process's share of the batch
-        asked = time.time()
-        batch = next(batches)
-        log.waited += time.time() - asked
-        log.skipped_samples += batch.skipped
+    with log.bar:
+        while not ended and step < config.steps:
+            # 1. This process's share of the batch
+            asked = time.time()
+            batch = next(batches)
+            log.waited += time.time() - asked
+            log.skipped_samples += batch.skipped
 
-        # 2. Loss and gradient, accumulated over the micro-batches; processes exchange the last sum
-        loss = torch.zeros((), device=device)
-        for number, micro in enumerate(batch.micro_batches, 1):
-            is_last = number == len(batch.micro_batches)
-            with nullcontext() if is_last or world == 1 else wrapped.no_sync():
-                micro_loss = micro_step(model, wrapped, micro, device)
-                (micro_loss / len(batch.micro_batches)).backward()
-            loss += micro_loss.detach() / len(batch.micro_batches) / world
+            # 2. Loss and gradient, summed over the micro-batches; processes exchange the last sum
+            loss = torch.zeros((), device=device)
+            for number, micro in enumerate(batch.micro_batches, 1):
+                is_last = number == len(batch.micro_batches)
+                with nullcontext() if is_last or world == 1 else wrapped.no_sync():
+                    micro_loss = micro_step(model, wrapped, micro, device)
+                    (micro_loss / len(batch.micro_batches)).backward()
+                loss += micro_loss.detach() / len(batch.micro_batches) / world
 
-        # 3. What all processes must agree on: the mean loss, and whether one was told to stop
-        stop_votes = torch.tensor(float(len(signals)), device=device)
-        if world > 1:
-            dist.all_reduce(loss)
-            dist.all_reduce(stop_votes)
+            # 3. What all processes must agree on: the mean loss, and whether one was told to stop
+            stop_votes = torch.tensor(float(len(signals)), device=device)
+            if world > 1:
+                dist.all_reduce(loss)
+                dist.all_reduce(stop_votes)
 
-        # 4. Update
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
-        skip_update(optimizer, ~(loss + grad_norm).isfinite())
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
-        step += 1
+            # 4. Update
+            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
+            skip_update(optimizer, ~(loss + grad_norm).isfinite())
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            schedule.step()
+            step += 1
 
-        # 5. Log, one step late, and decide whether to end
-        before = delayed.push(step, loss, stop_votes, grad_norm, schedule.get_last_lr()[0])
-        ended = finish(before) or step == config.steps
+            # 5. Log, one step late, and decide whether to end
+            before = delayed.push(step, loss, stop_votes, grad_norm, schedule.get_last_lr()[0])
+            ended = finish(before) or step == config.steps
 
-        # 6. Save, and draw some samples
-        if ended or step % config.save_every == 0:
-            finish(delayed.pop())
-            if config.zero and world > 1:
-                optimizer.consolidate_state_dict(0)
-            if rank == 0:
-                save(model, optimizer, schedule, step, out, config)
-        if rank == 0 and (ended or step % config.sample_every == 0):
-            draw_samples(model, config.stage, out / "samples" / f"step-{step:08d}.png")
-    log.bar.close()
+            # 6. Save, and draw some samples
+            if ended or step % config.save_every == 0:
+                finish(delayed.pop())
+                if config.zero and world > 1:
+                    optimizer.consolidate_state_dict(0)
+                if rank == 0:
+                    save(model, optimizer, schedule, step, out, config)
+            if rank == 0 and (ended or step % config.sample_every == 0):
+                draw_samples(model, config.stage, out / "samples" / f"step-{step:08d}.png")
     if rank == 0:
         print(f"saved {out} at step {step}")
     if world > 1:

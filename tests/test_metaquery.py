@@ -341,3 +341,19 @@ def test_an_older_config_still_loads(build, tmp_path):
 def test_one_prompt_may_be_a_string(build):
     model = build("qwen")
     assert torch.equal(model.encode_prompts("a star")[0], model.encode_prompts(["a star"])[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("train_diffusion", [False, True])
+@pytest.mark.parametrize("train_mllm", [False, True])
+@pytest.mark.parametrize("diffusion", ["sana", "sd"])
+def test_every_mix_of_dtypes_trains_and_draws(parts, diffusion, train_mllm, train_diffusion, dtype):
+    """Frozen parts in `dtype`, trained ones in float32, without autocast."""
+    folders = str(parts / "llava"), str(parts / diffusion)
+    trained = {"train_mllm": train_mllm, "train_diffusion": train_diffusion}
+    config = MetaQueryConfig(*folders, num_queries=4, connector_layers=1, **trained)
+    model = MetaQuery(config, dtype)
+    images = [[noise_picture(20, 16)]]
+    assert model.generate(["a star"], images, num_inference_steps=2)[0].size == (8, 8)
+    model(["a star"], torch.zeros(1, 3, 8, 8), images).backward()
+    assert model.queries.grad.isfinite().all()

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import check_refused, run
+from conftest import check_refused
+from conftest import run as run_command
 from PIL import Image
 
-from benchmarks.official import OFFICIAL
-from benchmarks.official import run as draw_benchmark
+from benchmarks.official import OFFICIAL, run
 from metaquery import InputError
 
 DREAMBOOTH = """Classes
@@ -100,10 +100,11 @@ def test_every_prompt_is_drawn_where_its_scorer_looks(build, tmp_path, monkeypat
 
     model.generate = generate
     args = options(name, tmp_path / "data", tmp_path / "out")
+    items = OFFICIAL[name].items(args.data)
     for rank in (0, 1):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", "2")
-        draw_benchmark(model, name, args)
+        run(model, items, args)
     there = {str(p.relative_to(args.out)) for p in (tmp_path / "out").rglob("*") if p.is_file()}
     assert set(expected) == {path for path in there if not path.startswith(".")}
     if name == "dpg":
@@ -119,12 +120,12 @@ def test_every_prompt_is_drawn_where_its_scorer_looks(build, tmp_path, monkeypat
     (tmp_path / "out" / expected[-1]).unlink()
     for rank in (0, 1):
         monkeypatch.setenv("RANK", str(rank))
-        draw_benchmark(model, name, args)
+        run(model, items, args)
     redrawn = 0 if expected[-1].endswith("metadata.jsonl") else 1
     assert len(asked) - number == redrawn, "pictures that exist are kept"
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    draw_benchmark(model, name, options(name, tmp_path / "data", tmp_path / "alone"))
+    run(model, items, options(name, tmp_path / "data", tmp_path / "alone"))
     for path in (tmp_path / "alone").rglob("*.png"):
         shared = Image.open(tmp_path / "out" / path.relative_to(tmp_path / "alone"))
         off = np.asarray(shared, int) - np.asarray(Image.open(path), int)
@@ -132,17 +133,17 @@ def test_every_prompt_is_drawn_where_its_scorer_looks(build, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
-def test_a_wrong_layout_says_what_is_expected(build, tmp_path, name):
+def test_a_wrong_layout_says_what_is_expected(tmp_path, name):
     (tmp_path / "data").mkdir()
     with pytest.raises(InputError, match=f"{name} expects"):
-        draw_benchmark(build("llava"), name, options(name, tmp_path / "data", tmp_path / "out"))
+        OFFICIAL[name].items(tmp_path / "data")
 
 
 def test_benchmarks_on_the_command_line(tmp_path):
     make(tmp_path / "data", "geneval")
     command = [sys.executable, "-m", "benchmarks.official", "geneval", "--data"]
     few = ["--steps", "1", "--limit", "2", "--out", str(tmp_path / "out")]
-    done = run([*command, str(tmp_path / "data"), *few])
+    done = run_command([*command, str(tmp_path / "data"), *few])
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "out").glob("*/samples/*.png"))) == 8
-    check_refused(run([*command, str(tmp_path / "none")]), "geneval expects")
+    check_refused(run_command([*command, str(tmp_path / "none")]), "geneval expects")
