@@ -132,8 +132,7 @@ def apart(name, *values):
     """What a function of this file returns in a fresh process."""
     module = "benchmarks.speed"
     code = f"import json, {module} as m; print(json.dumps(m.{name}(*{values!r})))"
-    done = subprocess.run([sys.executable, "-c", code],
-                          cwd=ROOT, capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
@@ -142,9 +141,12 @@ def apart(name, *values):
 def ratio(name, plain, ours, unit="s"):
     """Print one row: both medians and the ratio of each pair, with its spread."""
     pairs = sorted(p / o for p, o in zip(plain, ours, strict=True))
-    print(f"{name:<78} plain {statistics.median(plain):8.3f} {unit:<3} ours "
-          f"{statistics.median(ours):8.3f} {unit:<3} ratio {statistics.median(pairs):5.2f} "
-          f"({pairs[0]:.2f} to {pairs[-1]:.2f})", flush=True)  # fmt: skip
+    print(
+        f"{name:<78} plain {statistics.median(plain):8.3f} {unit:<3} ours "
+        f"{statistics.median(ours):8.3f} {unit:<3} ratio {statistics.median(pairs):5.2f} "
+        f"({pairs[0]:.2f} to {pairs[-1]:.2f})",
+        flush=True,
+    )
 
 
 def steps(row, tokens, n, what, *options):
@@ -155,8 +157,11 @@ def steps(row, tokens, n, what, *options):
         ratio(f"({row}) step, {what}, N={n}, {way}", times["plain"], times[way])
     plain, *ours = (made[way]["memory"] for way in WAYS)
     for way, memory in zip(WAYS[1:], ours, strict=True):
-        print(f"(c) peak memory above the weights, {what}, {way}: {memory:.3f} GB, "
-              f"{memory / plain:.2f} of the plain way's {plain:.3f} GB", flush=True)  # fmt: skip
+        print(
+            f"(c) peak memory above the weights, {what}, {way}: {memory:.3f} GB, "
+            f"{memory / plain:.2f} of the plain way's {plain:.3f} GB",
+            flush=True,
+        )
 
 
 def backward_growth(*options):
@@ -166,9 +171,12 @@ def backward_growth(*options):
         rounds = apart("backwards", lengths, n, *options)
         for tokens, times in zip(lengths, zip(*rounds, strict=True), strict=True):
             growth = sorted(time / made[0] for time, made in zip(times, rounds, strict=True))
-            print(f"(g) our backward pass, {tokens:5} prompt tokens, N={n:3}: "
-                  f"{statistics.median(times):6.3f} s, {statistics.median(growth):.2f} times that "
-                  f"of 64 ({growth[0]:.2f} to {growth[-1]:.2f})", flush=True)  # fmt: skip
+            print(
+                f"(g) our backward pass, {tokens:5} prompt tokens, N={n:3}: "
+                f"{statistics.median(times):6.3f} s, {statistics.median(growth):.2f} times that "
+                f"of 64 ({growth[0]:.2f} to {growth[-1]:.2f})",
+                flush=True,
+            )
 
 
 def cold():
@@ -177,11 +185,15 @@ def cold():
         times = []
         for _ in range(3):
             began = time.time()
-            subprocess.run([sys.executable, "sample.py", *flags], cwd=ROOT, check=True,
-                           capture_output=True)  # fmt: skip
+            subprocess.run(
+                [sys.executable, "sample.py", *flags], cwd=ROOT, check=True, capture_output=True
+            )
             times.append(time.time() - began)
-        print(f"(h) python sample.py {flags[0]!r}: {statistics.median(times):.1f} s "
-              f"({min(times):.1f} to {max(times):.1f})", flush=True)  # fmt: skip
+        print(
+            f"(h) python sample.py {flags[0]!r}: {statistics.median(times):.1f} s "
+            f"({min(times):.1f} to {max(times):.1f})",
+            flush=True,
+        )
 
 
 def sampling(repeats):
@@ -195,8 +207,9 @@ def sampling(repeats):
         f"a {color} star" for color in "red green blue yellow purple orange pink brown".split()
     ]
     for name, prompts, options in (
-        ("one prompt", [prompt], {"num_images_per_prompt": 8}), ("eight prompts", several, {})
-    ):  # fmt: skip
+        ("one prompt", [prompt], {"num_images_per_prompt": 8}),
+        ("eight prompts", several, {}),
+    ):
         times = {"plain": [], "ours": []}
         for _ in range(repeats + 1):
             for way in times:
@@ -214,11 +227,20 @@ def sampling(repeats):
 def train_rate(*flags, number=1):
     """Samples a second of a short tiny training run, its first steps left out."""
     out = Path(tempfile.mkdtemp())
-    start = ["-m", "torch.distributed.run", f"--nproc-per-node={number}", "--rdzv-backend=c10d",
-             "--rdzv-endpoint=localhost:0"]  # fmt: skip
-    subprocess.run([sys.executable, *start, "train.py", "--steps", "16", "--out", str(out), *flags],
-                   cwd=ROOT, check=True, capture_output=True,
-                   env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    start = [
+        "-m",
+        "torch.distributed.run",
+        f"--nproc-per-node={number}",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=localhost:0",
+    ]
+    subprocess.run(
+        [sys.executable, *start, "train.py", "--steps", "16", "--out", str(out), *flags],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     passed = [32 * entry["step"] / entry["samples_per_s"] for entry in log]
     return 32 * (len(log) - 4) / (passed[-1] - passed[3])
@@ -264,8 +286,10 @@ def base(repeats):
     loss.backward()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     gradient = model.queries.grad.norm().item()
-    print(f"loss {loss.item():.4f}, query gradient norm {gradient:.3g}, "
-          f"{time.time() - began:.0f} s, peak memory {peak:.1f} GiB")  # fmt: skip
+    print(
+        f"loss {loss.item():.4f}, query gradient norm {gradient:.3g}, "
+        f"{time.time() - began:.0f} s, peak memory {peak:.1f} GiB"
+    )
 
 
 def main():
@@ -278,10 +302,14 @@ def main():
     rows, repeats = args.rows.split(","), args.repeats
     options = repeats, args.device, args.batch
     CACHE.mkdir(exist_ok=True)
-    prompts = {"a": [("64 prompt tokens", 64)], "b": [
-        ("one picture, 756 prompt tokens", 756), ("1,485 prompt tokens", 1485),
-        ("four pictures, 2,943 prompt tokens", 2943),
-    ]}  # fmt: skip
+    prompts = {
+        "a": [("64 prompt tokens", 64)],
+        "b": [
+            ("one picture, 756 prompt tokens", 756),
+            ("1,485 prompt tokens", 1485),
+            ("four pictures, 2,943 prompt tokens", 2943),
+        ],
+    }
     for row, cases in prompts.items():
         for what, tokens in cases if row in rows else ():
             steps(row, tokens, 256, what, *options)

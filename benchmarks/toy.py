@@ -85,9 +85,11 @@ def main():
     for name, value in table.items():
         print(f"{name:>20}  {value:.3f}")
     cases = args.limit * args.num_images
-    print(f"{cases} unseen cases a kind, seed {args.seed}, {args.steps} steps, guidance "
-          f"{args.guidance:g}, image guidance {args.image_guidance:g}, "
-          f"{time.time() - began:.0f} s")  # fmt: skip
+    print(
+        f"{cases} unseen cases a kind, seed {args.seed}, {args.steps} steps, guidance "
+        f"{args.guidance:g}, image guidance {args.image_guidance:g}, "
+        f"{time.time() - began:.0f} s"
+    )
     if args.json:
         names = ("seed", "steps", "guidance", "image_guidance")
         settings = {name: getattr(args, name) for name in names}

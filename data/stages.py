@@ -26,8 +26,15 @@ def recipe(size, stage):
     if size == "tiny":
         return {"steps": TINY_STEPS.get(stage, 2400)}
     # §4: 25M pictures eight times are 48,828 steps of 4,096.
-    paper = {"data": "pixparse/cc12m-wds", "streaming": True, "steps": 48828, "batch_size": 4096,
-             "workers": 8, "lr": 1e-4, "warmup": 4000}  # fmt: skip
+    paper = {
+        "data": "pixparse/cc12m-wds",
+        "streaming": True,
+        "steps": 48828,
+        "batch_size": 4096,
+        "workers": 8,
+        "lr": 1e-4,
+        "warmup": 4000,
+    }
     if stage == "edit":  # §5.3
         paper |= {"data": "TIGER-Lab/OmniEdit-Filtered-1.2M", "steps": 1000, "warmup": 100}
     if stage == "instruct":  # §4: 2.4M instructions three times are 3,516 steps of 2,048

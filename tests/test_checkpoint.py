@@ -18,15 +18,43 @@ from safetensors.torch import load_file
 
 
 def command(parts, out, *flags):
-    made = ["train.py", "--mllm", parts / "llava", "--diffusion", parts / "sana64", "--out", out,
-            "--num-queries", 4, "--connector-layers", 1, "--batch-size", 4, "--warmup", 2,
-            "--steps", 40, "--save-every", 5, "--sample-every", 1000, *flags]  # fmt: skip
+    made = [
+        "train.py",
+        "--mllm",
+        parts / "llava",
+        "--diffusion",
+        parts / "sana64",
+        "--out",
+        out,
+        "--num-queries",
+        4,
+        "--connector-layers",
+        1,
+        "--batch-size",
+        4,
+        "--warmup",
+        2,
+        "--steps",
+        40,
+        "--save-every",
+        5,
+        "--sample-every",
+        1000,
+        *flags,
+    ]
     return [sys.executable, *map(str, made)]
 
 
 def start(made, **options):
-    return subprocess.Popen(made, cwd=ROOT, env=environment(), stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, **options)  # fmt: skip
+    return subprocess.Popen(
+        made,
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
 
 
 def wait_for(out, steps, running):
@@ -44,8 +72,9 @@ def same_end(out, other):
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     states = [torch.load(path / "step-00000040" / "training.pt") for path in (out, other)]
     for key, value in states[0]["optimizer"]["state"].items():
-        assert all(torch.equal(v, states[1]["optimizer"]["state"][key][n])
-                   for n, v in value.items())  # fmt: skip
+        assert all(
+            torch.equal(v, states[1]["optimizer"]["state"][key][n]) for n, v in value.items()
+        )
 
 
 @pytest.fixture(scope="module")
@@ -154,8 +183,9 @@ def test_a_damaged_checkpoint_is_said_and_passed_over(parts, whole, tmp_path, da
         path.write_bytes(content)
     done = run(command(parts, out))
     assert done.returncode == 0 and "step-00000040 is corrupt" in done.stderr
-    assert [entry["step"] for entry in map(json.loads, (out / "log.jsonl").read_text().splitlines())
-            ][-5:] == [36, 37, 38, 39, 40]  # fmt: skip
+    assert [
+        entry["step"] for entry in map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    ][-5:] == [36, 37, 38, 39, 40]
     same_end(out, whole)
     for folder in out.glob("step-*"):
         (folder / "training.json").write_text("{")
@@ -182,11 +212,14 @@ def test_a_full_disk_is_one_line_and_harms_nothing(parts, tmp_path):
     # The limit on a file's size stands for the full disk: no larger file can be written.
     limit = (tmp_path / "model.safetensors").stat().st_size // 2
     (tmp_path / "step-00000005" / "training.json").write_text(
-        (tmp_path / "step-00000005" / "training.json").read_text().replace(
-            '"steps": 5', '"steps": 40')
-    )  # fmt: skip
-    process = start(command(parts, tmp_path), preexec_fn=lambda: resource.setrlimit(
-        resource.RLIMIT_FSIZE, (limit, limit)))  # fmt: skip
+        (tmp_path / "step-00000005" / "training.json")
+        .read_text()
+        .replace('"steps": 5', '"steps": 40')
+    )
+    process = start(
+        command(parts, tmp_path),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
     _, errors = process.communicate(timeout=120)
     last = errors.strip().splitlines()[-1]
     assert process.returncode == 2 and "free some space" in last and "step-00000005" in last
@@ -234,8 +267,11 @@ def test_many_wrong_steps_stop_the_run(parts, tmp_path):
 
 def test_a_rank_that_dies_takes_the_job_down(parts, tmp_path):
     script = tmp_path / "dies.py"
-    script.write_text(WRONG.replace("float(\"nan\")", "os._exit(7)").replace(
-        "{steps}", "(3,)").replace("{rank}", "1"))  # fmt: skip
+    script.write_text(
+        WRONG.replace('float("nan")', "os._exit(7)")
+        .replace("{steps}", "(3,)")
+        .replace("{rank}", "1")
+    )
     made = command(parts, tmp_path / "out")[2:]
     began = time.time()
     done = run([*launcher(2), str(script), *made], PYTHONPATH=str(ROOT))
@@ -247,8 +283,9 @@ def test_torchrun_starts_a_dead_rank_again(parts, tmp_path):
     """After its restart the job goes on from its last checkpoint and comes to its end."""
     script, once = tmp_path / "dies.py", tmp_path / "once"
     dying = f"(os.path.exists({str(once)!r}) or open({str(once)!r}, 'x') and os._exit(7))"
-    script.write_text(WRONG.replace('float("nan")', dying).replace(
-        "{steps}", "(8,)").replace("{rank}", "1"))  # fmt: skip
+    script.write_text(
+        WRONG.replace('float("nan")', dying).replace("{steps}", "(8,)").replace("{rank}", "1")
+    )
     made = command(parts, tmp_path / "out", "--steps", 12)[2:]
     done = run([*launcher(2), "--max-restarts=1", str(script), *made], PYTHONPATH=str(ROOT))
     assert done.returncode == 0 and once.exists(), done.stderr

@@ -73,8 +73,12 @@ def hub(tmp_path):
         server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         servers.append(server)
-        return {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0",
-                "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}  # fmt: skip
+        return {
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "HF_HUB_OFFLINE": "0",
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_DISABLE_XET": "1",
+        }
 
     serve.asked = asked
     yield serve
@@ -87,16 +91,47 @@ def test_parts_and_checkpoints_come_by_id(hub, parts, tmp_path, mllm, diffusion)
     """Trained on parts by id, then drawn with from the checkpoint's id; nothing twice."""
     models = {"org/mllm": parts / mllm, "org/diffusion": parts / diffusion}
     environment = hub(models)
-    made = run([sys.executable, "train.py", "--mllm", "org/mllm", "--diffusion", "org/diffusion",
-                "--steps", "1", "--batch-size", "1", "--num-queries", "4", "--connector-layers",
-                "1", "--device", "cpu", "--out", str(tmp_path / "run")], **environment)  # fmt: skip
+    made = run(
+        [
+            sys.executable,
+            "train.py",
+            "--mllm",
+            "org/mllm",
+            "--diffusion",
+            "org/diffusion",
+            "--steps",
+            "1",
+            "--batch-size",
+            "1",
+            "--num-queries",
+            "4",
+            "--connector-layers",
+            "1",
+            "--device",
+            "cpu",
+            "--out",
+            str(tmp_path / "run"),
+        ],
+        **environment,
+    )
     assert made.returncode == 0, made.stderr
     assert json.loads((tmp_path / "run" / "config.json").read_text())["mllm"] == "org/mllm"
     assert any(file.endswith(".safetensors") for file in hub.asked)
     models["org/trained"] = tmp_path / "run" / "step-00000001"
     hub.asked.clear()
-    draw = [sys.executable, "sample.py", "a star", "--checkpoint", "org/trained", "--steps", "1",
-            "--out", str(tmp_path / "a.png"), "--device", "cpu"]  # fmt: skip
+    draw = [
+        sys.executable,
+        "sample.py",
+        "a star",
+        "--checkpoint",
+        "org/trained",
+        "--steps",
+        "1",
+        "--out",
+        str(tmp_path / "a.png"),
+        "--device",
+        "cpu",
+    ]
     made = run(draw, **environment)
     assert made.returncode == 0 and (tmp_path / "a.png").exists(), made.stderr
     assert "org/trained/model.safetensors" in hub.asked
@@ -109,8 +144,21 @@ def test_what_cannot_be_loaded_is_one_line(hub, parts, tmp_path):
     """A gated model and one that does not exist: the id and what to do, exit code 2."""
     environment = hub({"org/gated": None})
     for name in ("org/gated", "org/missing"):
-        made = run([sys.executable, "train.py", "--mllm", name, "--diffusion", str(parts / "sana"),
-                    "--device", "cpu", "--out", str(tmp_path)], **environment)  # fmt: skip
+        made = run(
+            [
+                sys.executable,
+                "train.py",
+                "--mllm",
+                name,
+                "--diffusion",
+                str(parts / "sana"),
+                "--device",
+                "cpu",
+                "--out",
+                str(tmp_path),
+            ],
+            **environment,
+        )
         assert made.returncode == 2 and len(made.stderr.strip().splitlines()) == 1, made.stderr
         assert name in made.stderr and "--mllm" in made.stderr
         assert ("gated repo" in made.stderr) == (name == "org/gated") and "log in" in made.stderr

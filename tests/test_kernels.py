@@ -23,8 +23,10 @@ def test_attention_without_the_prompts_gradients():
     torch.manual_seed(0)
     own, prompt, groups, heads = 3, 7, 2, 4
     q = torch.randn(2, heads, own, 8, dtype=torch.float64, requires_grad=True)
-    k, v = (torch.randn(2, groups, prompt + own, 8, dtype=torch.float64, requires_grad=True)
-            for _ in range(2))  # fmt: skip
+    k, v = (
+        torch.randn(2, groups, prompt + own, 8, dtype=torch.float64, requires_grad=True)
+        for _ in range(2)
+    )
     mask = torch.ones(own, prompt + own, dtype=torch.bool).tril(prompt).expand(2, 1, -1, -1).clone()
     mask[1, :, :, :2] = False
     wide = (x.repeat_interleave(heads // groups, 1) for x in (k, v))
@@ -65,11 +67,13 @@ def test_training_attention_changes_no_figure(build, mllm, condition_on):
 def test_a_trained_mllm_keeps_its_prompts_gradients(build):
     """Where the MLLM is trained too (Table 2), the prompt's keys and values need gradients."""
     model = build("qwen", dtype=torch.float64, train_mllm=True)
-    before = torch.autograd.grad(model.encode_prompts(PROMPTS)[0].sum(), model.mllm.parameters(),
-                                 allow_unused=True)  # fmt: skip
+    before = torch.autograd.grad(
+        model.encode_prompts(PROMPTS)[0].sum(), model.mllm.parameters(), allow_unused=True
+    )
     choose_attention(model)
-    after = torch.autograd.grad(model.encode_prompts(PROMPTS)[0].sum(), model.mllm.parameters(),
-                                allow_unused=True)  # fmt: skip
+    after = torch.autograd.grad(
+        model.encode_prompts(PROMPTS)[0].sum(), model.mllm.parameters(), allow_unused=True
+    )
     assert any(x is not None and x.any() for x in before)
     for ours, theirs in zip(after, before, strict=True):
         assert (ours is None) == (theirs is None)

@@ -82,10 +82,18 @@ def test_a_batch_changes_nothing_for_its_pictures(build, mllm):
         ("reconstruct", "", {("", "black"): 0.1, ("", "seen"): 0.9}),
         ("mix", "", {("", "black"): 0.1, ("", "seen"): 0.9}),
         ("edit", "a star", {("a star", "black"): 0.1, ("a star", "seen"): 0.9}),
-        ("instruct", "a star", {("", "seen"): 0.1, ("", "black"): 0.1, ("a star", "black"): 0.1,
-                                ("a star", "seen"): 0.7}),
+        (
+            "instruct",
+            "a star",
+            {
+                ("", "seen"): 0.1,
+                ("", "black"): 0.1,
+                ("a star", "black"): 0.1,
+                ("a star", "seen"): 0.7,
+            },
+        ),
     ],
-)  # fmt: skip
+)
 def test_conditions_are_dropped_at_their_rates(stage, prompt, rates):
     seen = [noise_picture(3, 5), noise_picture(7, 2)] if "pretrain" != stage else []
     found, number = Counter(), 20000

@@ -56,8 +56,13 @@ def make(folder, name):
     if name == "commonsense":
         rows = [{"prompt1": f"a{i}", "prompt2": f"b{i}"} for i in range(2)]
         (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        return [f"{way}/{i:03d}/prompt{j}_{k}.png" for way in ("plain", "negative")
-                for i in range(2) for j in (1, 2) for k in range(4)]  # fmt: skip
+        return [
+            f"{way}/{i:03d}/prompt{j}_{k}.png"
+            for way in ("plain", "negative")
+            for i in range(2)
+            for j in (1, 2)
+            for k in range(4)
+        ]
     if name == "mjhq":
         rows = {f"id{i}": {"category": "food", "prompt": f"p{i}"} for i in range(3)}
         (folder / "meta_data.json").write_text(json.dumps(rows))
@@ -82,8 +87,17 @@ def make(folder, name):
 
 def options(name, data, out, **changes):
     data = data / "pairs.jsonl" if name == "commonsense" else data
-    defaults = dict(data=str(data), out=str(out), limit=None, steps=1, seed=0,
-                    guidance=3.0, image_guidance=1.5, num_images=1, negative_prompt="")  # fmt: skip
+    defaults = dict(
+        data=str(data),
+        out=str(out),
+        limit=None,
+        steps=1,
+        seed=0,
+        guidance=3.0,
+        image_guidance=1.5,
+        num_images=1,
+        negative_prompt="",
+    )
     return SimpleNamespace(**(defaults | changes))
 
 

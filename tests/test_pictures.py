@@ -47,8 +47,17 @@ def saved(folder, mode):
     return path, right.convert("RGB")
 
 
-MODES = ("rgb", "palette", "grey", "grey with alpha", "16 bit", "transparent", "exif",
-         "black and white", "CMYK")  # fmt: skip
+MODES = (
+    "rgb",
+    "palette",
+    "grey",
+    "grey with alpha",
+    "16 bit",
+    "transparent",
+    "exif",
+    "black and white",
+    "CMYK",
+)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -64,8 +73,11 @@ def test_edits_subjects_and_answers_on_the_command_line(tmp_path):
     Image.new("L", (90, 50), 128).save(tmp_path / "b.png")
     a, b, out = tmp_path / "a.png", tmp_path / "b.png", tmp_path / "drawn.png"
     few = ("--steps", 2, "--out", out)
-    for flags in (["make it green", "--image", a], ["both objects", "--image", a, "--image", b],
-                  ["--image", a, "--num-images", 4, "--image-guidance", 1]):  # fmt: skip
+    for flags in (
+        ["make it green", "--image", a],
+        ["both objects", "--image", a, "--image", b],
+        ["--image", a, "--num-images", 4, "--image-guidance", 1],
+    ):
         done = cli(*flags, *few)
         assert done.returncode == 0, done.stderr
         assert out.exists()
@@ -103,9 +115,15 @@ def bomb(path):
 
 @pytest.mark.parametrize(
     "what, words",
-    [("missing", "no picture"), ("truncated", "broken"), ("text", "not a picture"),
-     ("bomb", "million pixels"), ("many", "at most 6"), ("folder", "f.png")],
-)  # fmt: skip
+    [
+        ("missing", "no picture"),
+        ("truncated", "broken"),
+        ("text", "not a picture"),
+        ("bomb", "million pixels"),
+        ("many", "at most 6"),
+        ("folder", "f.png"),
+    ],
+)
 def test_bad_pictures_are_one_line(tmp_path, what, words):
     path = tmp_path / "f.png"
     if what == "truncated":

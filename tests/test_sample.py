@@ -66,8 +66,22 @@ def test_readme_python():
 
 
 def test_training_from_the_shipped_frozen_parts(tmp_path):
-    done = run([sys.executable, "train.py", "--size", "tiny", "--stage", "pretrain", "--steps", "2",
-                "--batch-size", "4", "--out", str(tmp_path)])  # fmt: skip
+    done = run(
+        [
+            sys.executable,
+            "train.py",
+            "--size",
+            "tiny",
+            "--stage",
+            "pretrain",
+            "--steps",
+            "2",
+            "--batch-size",
+            "4",
+            "--out",
+            str(tmp_path),
+        ]
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "samples" / "step-00000002.png").exists()
 

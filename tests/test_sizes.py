@@ -99,14 +99,24 @@ def test_table_of_base_is_the_papers():
 
 
 def test_table_on_the_command_line():
-    for flags, words in ((["base"], "315.8 M"),
-                         (["large", "--connector-layers", "6"], "trained"),
-                         (["tiny"], "16 queries")):  # fmt: skip
-        done = subprocess.run([sys.executable, "-m", "training.sizes", *flags], cwd=ROOT, text=True,
-                              capture_output=True)  # fmt: skip
+    for flags, words in (
+        (["base"], "315.8 M"),
+        (["large", "--connector-layers", "6"], "trained"),
+        (["tiny"], "16 queries"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "training.sizes", *flags],
+            cwd=ROOT,
+            text=True,
+            capture_output=True,
+        )
         assert done.returncode == 0 and words in done.stdout, done.stderr
-    done = subprocess.run([sys.executable, "-m", "training.sizes", "--mllm", "nobody/nothing"],
-                          cwd=ROOT, capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "training.sizes", "--mllm", "nobody/nothing"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2 and "nobody/nothing" in done.stderr.splitlines()[-1]
 
 

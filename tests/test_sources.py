@@ -61,10 +61,18 @@ def make(folder, kind, number=12, broken=()):
         columns = {"image": stored, "caption": [f"no {i}" for i in range(number)]}
         features = {"image": image, "caption": text}
     elif kind == "OmniEdit":
-        columns = {"src_img": before, "edited_img": stored, "omni_edit_id": ["x"] * number,
-                   "edited_prompt_list": [["long", f"no {i}"] for i in range(number)]}  # fmt: skip
-        features = {"src_img": image, "edited_img": image, "omni_edit_id": text,
-                    "edited_prompt_list": datasets.List(text)}  # fmt: skip
+        columns = {
+            "src_img": before,
+            "edited_img": stored,
+            "omni_edit_id": ["x"] * number,
+            "edited_prompt_list": [["long", f"no {i}"] for i in range(number)],
+        }
+        features = {
+            "src_img": image,
+            "edited_img": image,
+            "omni_edit_id": text,
+            "edited_prompt_list": datasets.List(text),
+        }
     else:
         before = [before[: i % 6 + 1] for i in range(number)]
         prompts = [f"no {i}" for i in range(number)]
@@ -80,10 +88,19 @@ def make(folder, kind, number=12, broken=()):
 def batches(data, number, first=0, rank=0, world=1, **changes):
     """The rows of the first batches of 4 that a run over `data` sees."""
     config = SimpleNamespace(
-        data=str(data), stage="pretrain", batch_size=4, micro_batch_size=0, steps=1000, seed=0,
-        text_column="", target_column="", sources_column="", streaming=False, workers=0,
+        data=str(data),
+        stage="pretrain",
+        batch_size=4,
+        micro_batch_size=0,
+        steps=1000,
+        seed=0,
+        text_column="",
+        target_column="",
+        sources_column="",
+        streaming=False,
+        workers=0,
         device="cpu",
-    )  # fmt: skip
+    )
     vars(config).update(changes)
     made = open_batches(config, {}, list, first, rank, world)
     return list(itertools.islice(made, number))
@@ -93,8 +110,14 @@ def numbers(made):
     return [int(row.prompt.split()[-1]) for batch in made for row in batch]
 
 
-KINDS = {"webdataset": "pretrain", "metadata.csv": "pretrain", "metadata.jsonl": "pretrain",
-         "parquet": "pretrain", "OmniEdit": "edit", "MetaQuery-Instruct": "instruct"}  # fmt: skip
+KINDS = {
+    "webdataset": "pretrain",
+    "metadata.csv": "pretrain",
+    "metadata.jsonl": "pretrain",
+    "parquet": "pretrain",
+    "OmniEdit": "edit",
+    "MetaQuery-Instruct": "instruct",
+}
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -188,10 +211,29 @@ def test_training_on_a_dataset(parts, tmp_path):
     """train.py itself, on a folder, and resumed."""
     folder = make(tmp_path / "data", "webdataset", 16)
     for out, steps in (("a", 4), ("b", 2), ("b", 4)):
-        command = [sys.executable, "train.py", "--mllm", parts / "llava", "--diffusion",
-                   parts / "sana", "--data", folder, "--streaming", "--batch-size", 4, "--steps", 4,
-                   "--num-queries", 4, "--connector-layers", 1, "--save-every", 2, "--out",
-                   tmp_path / out]  # fmt: skip
+        command = [
+            sys.executable,
+            "train.py",
+            "--mllm",
+            parts / "llava",
+            "--diffusion",
+            parts / "sana",
+            "--data",
+            folder,
+            "--streaming",
+            "--batch-size",
+            4,
+            "--steps",
+            4,
+            "--num-queries",
+            4,
+            "--connector-layers",
+            1,
+            "--save-every",
+            2,
+            "--out",
+            tmp_path / out,
+        ]
         done = run([str(part) for part in command])
         assert done.returncode == 0, done.stderr
         if steps == 2:

@@ -11,11 +11,26 @@ from safetensors.torch import load_file
 
 def train(parts, out, *flags, torchrun=1):
     command = [
-        *launcher(torchrun), "train.py", "--mllm", parts / "llava", "--diffusion", parts / "sana64",
-        "--out", out,
-        "--num-queries", "4", "--connector-layers", "1", "--batch-size", "4", "--warmup", "2",
-        "--steps", "6", *flags,
-    ]  # fmt: skip
+        *launcher(torchrun),
+        "train.py",
+        "--mllm",
+        parts / "llava",
+        "--diffusion",
+        parts / "sana64",
+        "--out",
+        out,
+        "--num-queries",
+        "4",
+        "--connector-layers",
+        "1",
+        "--batch-size",
+        "4",
+        "--warmup",
+        "2",
+        "--steps",
+        "6",
+        *flags,
+    ]
     return run([str(part) for part in command])
 
 
@@ -34,8 +49,19 @@ def test_a_run_leaves_what_it_promises(one):
     step = one / "step-00000006"
     assert (step / "training.pt").exists() and (step / "config.json").exists()
     assert (one / "model.safetensors").read_bytes() == (step / "model.safetensors").read_bytes()
-    drawn = run([sys.executable, "sample.py", "a star", "--checkpoint", str(one), "--steps", "2",
-                 "--out", str(one / "star.png")])  # fmt: skip
+    drawn = run(
+        [
+            sys.executable,
+            "sample.py",
+            "a star",
+            "--checkpoint",
+            str(one),
+            "--steps",
+            "2",
+            "--out",
+            str(one / "star.png"),
+        ]
+    )
     assert drawn.returncode == 0 and (one / "star.png").exists(), drawn.stderr
 
 

@@ -36,9 +36,19 @@ from metaquery import InputError
 VERIFIED = ("model.safetensors", "training.pt")
 # Settings that may differ when a run is resumed. Any other would make it another run.
 MAY_CHANGE = {
-    "out", "micro_batch_size", "save_every", "keep", "sample_every", "workers", "resume",
-    "checkpoint", "zero", "device", "gradient_checkpointing", "compile",
-}  # fmt: skip
+    "out",
+    "micro_batch_size",
+    "save_every",
+    "keep",
+    "sample_every",
+    "workers",
+    "resume",
+    "checkpoint",
+    "zero",
+    "device",
+    "gradient_checkpointing",
+    "compile",
+}
 
 
 def sha256(path):

@@ -21,12 +21,23 @@ LLAVA, QWEN3, QWEN7 = (
     "Qwen/Qwen2.5-VL-3B-Instruct",
     "Qwen/Qwen2.5-VL-7B-Instruct",
 )
-_QWEN_VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
-                "fullatt_block_indexes": [7, 15, 23, 31], "window_size": 112}  # fmt: skip
+_QWEN_VISION = {
+    "depth": 32,
+    "hidden_size": 1280,
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+    "window_size": 112,
+}
 _QWEN_ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
-_QWEN_HALF_BILLION = dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
-                          num_attention_heads=14, num_key_value_heads=2,
-                          tie_word_embeddings=True)  # fmt: skip
+_QWEN_HALF_BILLION = dict(
+    hidden_size=896,
+    intermediate_size=4864,
+    num_hidden_layers=24,
+    num_attention_heads=14,
+    num_key_value_heads=2,
+    tie_word_embeddings=True,
+)
 
 
 def _qwen_vl(tied, **text):
@@ -43,29 +54,53 @@ MLLMS = {
     LLAVA: lambda: transformers.LlavaOnevisionConfig(
         text_config=transformers.Qwen2Config(vocab_size=152000, **_QWEN_HALF_BILLION),
         vision_config=transformers.SiglipVisionConfig(
-            hidden_size=1152, intermediate_size=4304, num_hidden_layers=26,
-            num_attention_heads=16, image_size=384, patch_size=14, vision_use_head=False,
+            hidden_size=1152,
+            intermediate_size=4304,
+            num_hidden_layers=26,
+            num_attention_heads=16,
+            image_size=384,
+            patch_size=14,
+            vision_use_head=False,
         ),
         image_grid_pinpoints=[[384 * i, 384 * j] for i in range(1, 7) for j in range(1, 7)],
         tie_word_embeddings=True,
     ),
     QWEN3: lambda: _qwen_vl(
-        True, vocab_size=151936, hidden_size=2048, intermediate_size=11008, num_hidden_layers=36,
-        num_attention_heads=16, num_key_value_heads=2,
+        True,
+        vocab_size=151936,
+        hidden_size=2048,
+        intermediate_size=11008,
+        num_hidden_layers=36,
+        num_attention_heads=16,
+        num_key_value_heads=2,
     ),
     QWEN7: lambda: _qwen_vl(
-        False, vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
-        num_attention_heads=28, num_key_value_heads=4,
+        False,
+        vocab_size=152064,
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
     ),
     "Qwen/Qwen2.5-0.5B-Instruct": lambda: transformers.Qwen2Config(
         vocab_size=151936, **_QWEN_HALF_BILLION
     ),
-}  # fmt: skip
-_SANA_600M = dict(num_attention_heads=36, num_layers=28, num_cross_attention_heads=16,
-                  cross_attention_head_dim=72, cross_attention_dim=1152)  # fmt: skip
+}
+_SANA_600M = dict(
+    num_attention_heads=36,
+    num_layers=28,
+    num_cross_attention_heads=16,
+    cross_attention_head_dim=72,
+    cross_attention_dim=1152,
+)
 _DC = dict(downsample_block_type="Conv", upsample_block_type="interpolate", scaling_factor=0.41407)
-_KL = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-           block_out_channels=(128, 256, 512, 512), layers_per_block=2)  # fmt: skip
+_KL = dict(
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    up_block_types=("UpDecoderBlock2D",) * 4,
+    block_out_channels=(128, 256, 512, 512),
+    layers_per_block=2,
+)
 DIFFUSIONS = {
     "Efficient-Large-Model/Sana_1600M_512px_diffusers": lambda: (
         diffusers.SanaTransformer2DModel(sample_size=16),
@@ -150,9 +185,11 @@ def table(config):
     total = [sum(row[i] for row in rows) for i in (1, 3, 4)]
     rows.append(("in all", total[0], None, *total[1:]))
     side, n = diffusion.config.sample_size, config.num_queries
-    lengths = (f"condition: {n} queries {d} wide -> {n} x {width}; "
-               f"prompt: up to 256 tokens of text, {picture_tokens(mllm)}; "
-               f"latents {side} x {side}")  # fmt: skip
+    lengths = (
+        f"condition: {n} queries {d} wide -> {n} x {width}; "
+        f"prompt: up to 256 tokens of text, {picture_tokens(mllm)}; "
+        f"latents {side} x {side}"
+    )
     return rows, lengths
 
 
