@@ -11,8 +11,6 @@ from tqdm import tqdm
 
 from metaquery import to_device
 
-SAVE_EVERY = 500  # steps
-
 
 def pictures_to_tensor(pictures):
     """PIL pictures of one size to (B, 3, H, W) float32 in [-1, 1]."""
@@ -32,17 +30,16 @@ class Batches(Dataset):
         return self.make_batch(random.Random(f"{self.name} {step}"))
 
 
-def make_optimizers(modules, lr):
+def make_optimizers(model, lr):
     """Muon for the matrices of the transformers' layers, AdamW for all other trained weights.
 
     With Muon, toy models learn to copy and to bind in about half the steps.
     """
     matrices, others = [], []
-    for module in modules:
-        for name, parameter in module.named_parameters():
-            if parameter.requires_grad:
-                in_a_layer = parameter.ndim == 2 and "layers." in name
-                (matrices if in_a_layer else others).append(parameter)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_layer_matrix = parameter.ndim == 2 and "layers." in name
+            (matrices if is_layer_matrix else others).append(parameter)
     options = {"lr": lr, "weight_decay": 0.01}
     optimizers = [torch.optim.AdamW(others, betas=(0.9, 0.98), fused=True, **options)]
     if matrices:
@@ -50,86 +47,63 @@ def make_optimizers(modules, lr):
     return optimizers
 
 
-def save_state(file, step, modules, optimizers):
-    """Save all that `load_state` needs. The file is written whole or not at all."""
-    state = {
-        "step": step,
-        "modules": [module.state_dict() for module in modules],
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-    }
-    torch.save(state, file.with_suffix(".part"))
-    file.with_suffix(".part").rename(file)
-
-
-def load_state(file, modules, optimizers):
-    """Restore modules and optimizers; returns the step to resume from, 0 without a file."""
-    if not file.exists():
-        return 0
-    state = torch.load(file, weights_only=True)
-    for module, weights in zip(modules, state["modules"], strict=True):
-        module.load_state_dict(weights)
-    for optimizer, optimizer_state in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(optimizer_state)
-    return state["step"]
-
-
 def fit(name, modules, make_batch, loss_of, lr, args, evaluate=None, steps=None, encode=None):
     """Train `modules` on args.device: 5% warm-up, then a cosine down to zero.
 
     make_batch(rng) makes a dict of tensors; encode(batch), run without gradient, may replace it;
-    loss_of(batch) is minimised. evaluate() returns a dict for the log. steps is args.steps unless
-    given. Every SAVE_EVERY steps all is saved in `args.out/name.resume`, where a next call resumes.
+    loss_of(batch) is minimized. evaluate() returns a dict for the log. steps: args.steps by
+    default. Every 500 steps the state is saved in `args.out/name.resume`, where the next call
+    resumes.
     """
-    steps = steps or args.steps
-    device = torch.device(args.device)
+    steps, device = steps or args.steps, torch.device(args.device)
     # On a CPU the fused attention kernel's backward pass is slower than the plain one's;
-    # on a GPU cuDNN's would plan for a second at every new length of the texts.
+    # on a GPU, cuDNN's takes a second to plan for each new length of text.
     torch.backends.cuda.enable_flash_sdp(device.type != "cpu")
     torch.backends.cuda.enable_cudnn_sdp(False)
-    for module in modules:
-        module.to(device)
-    optimizers = make_optimizers(modules, lr)
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-    resume_file = args.out / f"{name}.resume"
-    first_step = load_state(resume_file, modules, optimizers)
-    loader = DataLoader(
-        Batches(make_batch, name),
-        batch_size=None,
-        sampler=range(first_step, steps),
-        num_workers=args.workers,
-        pin_memory=device.type == "cuda",
-        multiprocessing_context="fork" if args.workers else None,
-    )
-    mean_loss = None
+    model = torch.nn.ModuleList(modules).to(device)
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # gradients laid out as the weights: the shipped parts' bits
+            parameter.grad = torch.zeros_like(parameter)
+    optimizers = make_optimizers(model, lr)
+    resume_file, first_step, mean_loss = args.out / f"{name}.resume", 0, None
+    if resume_file.exists():
+        state = torch.load(resume_file, weights_only=True)
+        model.load_state_dict(state["model"])
+        for optimizer, optimizer_state in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(optimizer_state)
+        first_step = state["step"]
+    options = {"num_workers": args.workers, "pin_memory": device.type == "cuda"}
+    options["multiprocessing_context"] = "fork" if args.workers else None
+    batches = Batches(make_batch, name)
+    loader = DataLoader(batches, None, sampler=range(first_step, steps), **options)
     bar = tqdm(loader, name, initial=first_step, total=steps, mininterval=10)
     for step, batch in enumerate(bar, first_step):
-        if step > first_step and step % SAVE_EVERY == 0:
-            save_state(resume_file, step, modules, optimizers)
+        if step > first_step and step % 500 == 0:
+            state = {"step": step, "model": model.state_dict()}
+            state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
+            torch.save(state, resume_file.with_suffix(".part"))
+            resume_file.with_suffix(".part").rename(resume_file)  # never half a file
         warm_up = min(1.0, (step + 1) / (0.05 * steps))
-        for group in groups:
-            group["lr"] = lr * warm_up * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * warm_up * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         batch = to_device(batch, device)
+        if encode:
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+                batch = encode(batch)
+        model.zero_grad(set_to_none=False)
         with torch.autocast(device.type, torch.bfloat16):
-            if encode:
-                with torch.no_grad():
-                    batch = encode(batch)
             loss = loss_of(batch)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
-            optimizer.zero_grad()
         loss = loss.detach()
         mean_loss = loss if mean_loss is None else mean_loss.lerp(loss, 0.02)
-        if (step + 1) % 20 == 0:
-            bar.set_postfix(loss=f"{mean_loss.item():.4f}", refresh=False)
-        is_last = step + 1 == steps
-        if (step + 1) % 200 == 0 or is_last:
+        if (step + 1) % 200 == 0 or step + 1 == steps:
             log = {"part": name, "step": step + 1, "loss": round(mean_loss.item(), 5)}
-            if evaluate and ((step + 1) % 2000 == 0 or is_last):
+            if evaluate and ((step + 1) % 2000 == 0 or step + 1 == steps):
                 log |= evaluate()
             tqdm.write(json.dumps(log))
     resume_file.unlink(missing_ok=True)
-    for module in modules:
-        module.cpu()
+    model.cpu()
