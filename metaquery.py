@@ -22,7 +22,7 @@ import json
 import os
 import warnings
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -159,12 +159,9 @@ def to_rgb(picture):
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    w, h = picture.size
-    if max(w, h) > MAX_ASPECT_RATIO * min(w, h):
-        picture = ImageOps.fit(
-            picture, (min(w, MAX_ASPECT_RATIO * h), min(h, MAX_ASPECT_RATIO * w))
-        )
-    return picture.convert("RGB")
+    longest = MAX_ASPECT_RATIO * min(picture.size)
+    size = [min(side, longest) for side in picture.size]
+    return ImageOps.fit(picture.convert("RGB"), size)  # crops what is too long, and only that
 
 
 def black_like(pictures):
@@ -472,44 +469,43 @@ def caption_width(diffusion):
     return diffusion.config.get("caption_channels") or diffusion.config.cross_attention_dim
 
 
-def cannot_load(name, error, flag):
-    """The InputError for a part that cannot be loaded; `flag` replaces it."""
-    what = f"cannot load {name} ({str(error).strip().splitlines()[0]})"
-    todo = f"go online (log in if the model is gated), or name another hub id or folder: {flag}"
-    return InputError(f"{what}: {todo}.")
+@contextmanager
+def loading(name, flag):
+    """Turn the errors of loading a part into an InputError; `flag` is what replaces the part."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        what = f"cannot load {name} ({str(error).strip().splitlines()[0]})"
+        todo = f"go online (log in if the model is gated), or name another hub id or folder: {flag}"
+        raise InputError(f"{what}: {todo}.") from None
 
 
 def load_mllm(config, dtype):
     """(MLLM in evaluation mode, its processor; a text-only MLLM's tokenizer)."""
     name, auto = config.mllm, transformers
-    try:
-        takes_images = hasattr(auto.AutoConfig.from_pretrained(name), "vision_config")
-        if takes_images:
+    with loading(name, "--mllm"):
+        if hasattr(auto.AutoConfig.from_pretrained(name), "vision_config"):
             model, processor = auto.AutoModelForImageTextToText, auto.AutoProcessor
         else:
             model, processor = auto.AutoModelForCausalLM, auto.AutoTokenizer
         dtype = torch.float32 if config.train_mllm else dtype
         return model.from_pretrained(name, dtype=dtype).eval(), processor.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise cannot_load(name, error, "--mllm") from None
 
 
 def load_diffusion(config, dtype):
     """(diffusion model, VAE, scheduler): Sana's transformer, or Stable Diffusion's UNet."""
     name = config.diffusion
     load = partial(diffusers.AutoModel.from_pretrained, name, low_cpu_mem_usage=False)
-    try:
+    with loading(name, "--diffusion"):
         try:
             diffusers.SanaTransformer2DModel.load_config(name, subfolder="transformer")
-            part, scheduler_class = "transformer", diffusers.DPMSolverMultistepScheduler
+            part, scheduler = "transformer", diffusers.DPMSolverMultistepScheduler
         except OSError:  # it has no such folder
-            part, scheduler_class = "unet", diffusers.DDPMScheduler
+            part, scheduler = "unet", diffusers.DDPMScheduler
         vae = load(subfolder="vae", torch_dtype=dtype).eval()
-        dtype = torch.float32 if config.train_diffusion else dtype
-        diffusion = load(subfolder=part, torch_dtype=dtype)
-        return diffusion, vae, scheduler_class.from_pretrained(name, subfolder="scheduler")
-    except (OSError, ValueError) as error:
-        raise cannot_load(name, error, "--diffusion") from None
+        trained_dtype = torch.float32 if config.train_diffusion else dtype
+        diffusion = load(subfolder=part, torch_dtype=trained_dtype)
+        return diffusion, vae, scheduler.from_pretrained(name, subfolder="scheduler")
 
 
 # ---- 6. Checkpoints: skip on first reading -------------------------------------------------------

@@ -16,104 +16,84 @@ import transformers
 from data.command_line import stop
 from metaquery import Connector, InputError, MetaQueryConfig, caption_width
 
-LLAVA, QWEN3, QWEN7 = (
-    "llava-hf/llava-onevision-qwen2-0.5b-ov-hf",
-    "Qwen/Qwen2.5-VL-3B-Instruct",
-    "Qwen/Qwen2.5-VL-7B-Instruct",
-)
-_QWEN_VISION = {
-    "depth": 32,
-    "hidden_size": 1280,
-    "intermediate_size": 3420,
-    "num_heads": 16,
-    "fullatt_block_indexes": [7, 15, 23, 31],
-    "window_size": 112,
+LLAVA = "llava-hf/llava-onevision-qwen2-0.5b-ov-hf"
+QWEN = "Qwen/Qwen2.5-0.5B-Instruct"
+QWEN3 = "Qwen/Qwen2.5-VL-3B-Instruct"
+QWEN7 = "Qwen/Qwen2.5-VL-7B-Instruct"
+
+# Language models: vocabulary, width, width of the feed-forward layers, layers, attention heads,
+# key and value heads, and whether the head shares the embeddings' weights.
+TEXT_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+TEXT_FIELDS += ("num_attention_heads", "num_key_value_heads", "tie_word_embeddings")
+TEXT_SIZES = {
+    QWEN: (151_936, 896, 4864, 24, 14, 2, True),
+    LLAVA: (152_000, 896, 4864, 24, 14, 2, True),
+    QWEN3: (151_936, 2048, 11_008, 36, 16, 2, True),
+    QWEN7: (152_064, 3584, 18_944, 28, 28, 4, False),
 }
-_QWEN_ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
-_QWEN_HALF_BILLION = dict(
-    hidden_size=896,
-    intermediate_size=4864,
-    num_hidden_layers=24,
-    num_attention_heads=14,
-    num_key_value_heads=2,
-    tie_word_embeddings=True,
-)
+SIGLIP = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 26}
+SIGLIP |= {"num_attention_heads": 16, "image_size": 384, "patch_size": 14, "vision_use_head": False}
+QWEN_VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16}
+QWEN_VISION |= {"fullatt_block_indexes": [7, 15, 23, 31], "window_size": 112}
+QWEN_ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
 
 
-def _qwen_vl(tied, **text):
-    """A Qwen2.5-VL config: its sizes share the vision tower and differ in the language model."""
-    return transformers.Qwen2_5_VLConfig(
-        text_config=text | {"rope_scaling": _QWEN_ROPE},
-        vision_config=_QWEN_VISION | {"out_hidden_size": text["hidden_size"]},
-        tie_word_embeddings=tied,
-    )
+def text_size(name):
+    """The fields in which a language model differs from its class's defaults."""
+    return dict(zip(TEXT_FIELDS, TEXT_SIZES[name], strict=True))
 
 
-# What differs from the defaults of the classes in transformers and diffusers.
+def llava_config():
+    grid = [[384 * i, 384 * j] for i in range(1, 7) for j in range(1, 7)]
+    text = transformers.Qwen2Config(**text_size(LLAVA))
+    vision = transformers.SiglipVisionConfig(**SIGLIP)
+    parts = {"text_config": text, "vision_config": vision, "image_grid_pinpoints": grid}
+    return transformers.LlavaOnevisionConfig(**parts, tie_word_embeddings=True)
+
+
+def qwen_vl_config(name):
+    text = text_size(name)
+    tied = text.pop("tie_word_embeddings")
+    vision = QWEN_VISION | {"out_hidden_size": text["hidden_size"]}
+    parts = {"text_config": text | {"rope_scaling": QWEN_ROPE}, "vision_config": vision}
+    return transformers.Qwen2_5_VLConfig(**parts, tie_word_embeddings=tied)
+
+
 MLLMS = {
-    LLAVA: lambda: transformers.LlavaOnevisionConfig(
-        text_config=transformers.Qwen2Config(vocab_size=152000, **_QWEN_HALF_BILLION),
-        vision_config=transformers.SiglipVisionConfig(
-            hidden_size=1152,
-            intermediate_size=4304,
-            num_hidden_layers=26,
-            num_attention_heads=16,
-            image_size=384,
-            patch_size=14,
-            vision_use_head=False,
-        ),
-        image_grid_pinpoints=[[384 * i, 384 * j] for i in range(1, 7) for j in range(1, 7)],
-        tie_word_embeddings=True,
-    ),
-    QWEN3: lambda: _qwen_vl(
-        True,
-        vocab_size=151936,
-        hidden_size=2048,
-        intermediate_size=11008,
-        num_hidden_layers=36,
-        num_attention_heads=16,
-        num_key_value_heads=2,
-    ),
-    QWEN7: lambda: _qwen_vl(
-        False,
-        vocab_size=152064,
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-    ),
-    "Qwen/Qwen2.5-0.5B-Instruct": lambda: transformers.Qwen2Config(
-        vocab_size=151936, **_QWEN_HALF_BILLION
-    ),
+    LLAVA: llava_config,
+    QWEN3: lambda: qwen_vl_config(QWEN3),
+    QWEN7: lambda: qwen_vl_config(QWEN7),
+    QWEN: lambda: transformers.Qwen2Config(**text_size(QWEN)),
 }
-_SANA_600M = dict(
-    num_attention_heads=36,
-    num_layers=28,
-    num_cross_attention_heads=16,
-    cross_attention_head_dim=72,
-    cross_attention_dim=1152,
-)
-_DC = dict(downsample_block_type="Conv", upsample_block_type="interpolate", scaling_factor=0.41407)
-_KL = dict(
-    down_block_types=("DownEncoderBlock2D",) * 4,
-    up_block_types=("UpDecoderBlock2D",) * 4,
-    block_out_channels=(128, 256, 512, 512),
-    layers_per_block=2,
-)
+
+
+def sana(**fields):
+    """A Sana transformer for 512 pixels and its VAE."""
+    blocks = {"downsample_block_type": "Conv", "upsample_block_type": "interpolate"}
+    vae = diffusers.AutoencoderDC(**blocks, scaling_factor=0.41407)
+    return diffusers.SanaTransformer2DModel(sample_size=16, **fields), vae
+
+
+def sana_600m():
+    heads = {"num_attention_heads": 36, "num_cross_attention_heads": 16}
+    return sana(**heads, num_layers=28, cross_attention_head_dim=72, cross_attention_dim=1152)
+
+
+def stable_diffusion():
+    """Stable Diffusion 1.5's UNet and its VAE."""
+    vae = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+    )
+    return diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768), vae
+
+
 DIFFUSIONS = {
-    "Efficient-Large-Model/Sana_1600M_512px_diffusers": lambda: (
-        diffusers.SanaTransformer2DModel(sample_size=16),
-        diffusers.AutoencoderDC(**_DC),
-    ),
-    "Efficient-Large-Model/Sana_600M_512px_diffusers": lambda: (
-        diffusers.SanaTransformer2DModel(sample_size=16, **_SANA_600M),
-        diffusers.AutoencoderDC(**_DC),
-    ),
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": lambda: (
-        diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768),
-        diffusers.AutoencoderKL(**_KL),
-    ),
+    "Efficient-Large-Model/Sana_1600M_512px_diffusers": sana,
+    "Efficient-Large-Model/Sana_600M_512px_diffusers": sana_600m,
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": stable_diffusion,
 }
 
 
@@ -202,11 +182,10 @@ def main():
     for action in parser._actions:
         action.required = False  # the size names the parts
     parser.set_defaults(**dict.fromkeys(names))
-    flags = vars(parser.parse_args())
+    flags = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
     size = flags.pop("size")
     try:
-        given = {name: value for name, value in flags.items() if value is not None}
-        config = MetaQueryConfig.preset(size, **given)
+        config = MetaQueryConfig.preset(size, **flags)
         rows, lengths = table(config)
     except (InputError, OSError, ValueError) as error:
         stop(error)
