@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from toy import scene as world
+from toy import wordings
 from toy import words as vocabulary
 from toy.scene import Goal, GoalObject, Object, Pair, Scene, place_objects, random_pair, render
 from toy.words import RELATIONS, SIDES, WHERE, counted, describe, plural, refer, with_article
@@ -34,6 +35,7 @@ class Task:
     goal: Goal
     plain: str
     sources: tuple[Scene, ...] = ()
+    for_test: bool | None = None  # None: by the prompt; see `task`
 
     @property
     def images(self):
@@ -134,6 +136,82 @@ def dense(rng, least=1):
     elif scene.background == "white" and rng.random() < 0.2:
         words += " on a white background"
     return _draw_as_it_is(_wrapped(rng, words), scene)
+
+
+def two_colours(rng):
+    """ "a star with a red core", "a half red half blue star left of a half pink half red cross"."""
+    number = rng.choice((1, 1, 2))
+    items = [Object(pair.shape, pair.color) for pair in (random_pair(rng) for _ in range(number))]
+    items = [world.two_coloured(rng, item) for item in items]
+    layout = rng.choice(("row", "column")) if number == 2 else "centre"
+    scene = place_objects(rng, items, layout)
+    return _draw_as_it_is(_wrapped(rng, describe(scene)), scene)
+
+
+def _free_name(rng, pair, number, coloured):
+    """ "a big red star", "a pair of stars": so many equal objects, as people name them."""
+    name = _name(pair, coloured)
+    if rng.random() < 0.15:
+        name = f"{rng.choice(wordings.DESCRIBING)} {name}"
+    if number == 1 and rng.random() < 0.75:
+        return with_article(name)
+    amount = rng.choice(wordings.AMOUNTS[number])
+    return f"{amount} {name if number == 1 else plural(name)}".strip()
+
+
+def _free_relation(rng, names):
+    """Two names in a relation, as people put it: (words, relation)."""
+    relation = rng.choice(tuple(RELATIONS))
+    first, second = names
+    one, other = (WHERE[place] for place in SIDES[relation])
+    ways = [f"{first} {words} {second}" for words in RELATIONS[relation]]
+    ways += [f"{first} that is {rng.choice(RELATIONS[relation])} {second}"]
+    ways += [f"{first} {one} and {second} {other}", f"{one} {first} and {other} {second}"]
+    ways += [f"{first} {one}, {second} {other}", f"{second} {other} and {first} {one}"]
+    ways += [f"{second} and {vocabulary.ITS_SIDE[relation]} {first}"]
+    return rng.choice(ways), relation
+
+
+def free_wording(rng):
+    """ "could you paint two blue stars and a red square on gray for me?": what people may say.
+
+    One to four objects of one to three sorts, at times in a relation, on any background. Ways to
+    ask of `wordings.UNSEEN_WAYS` are for tests alone.
+    """
+    unseen = rng.random() < 0.5
+    numbers = rng.choice(((1,), (1,), (1,), (2,), (3,), (4,), (1, 1), (1, 1), (2, 1), (1, 2),
+                          (2, 2), (3, 1), (1, 1, 1)))  # fmt: skip
+    coloured = sum(numbers) > 2 and len(numbers) > 1 or rng.random() < 0.7
+    pairs = []
+    while len(pairs) < len(numbers):
+        pair = random_pair(rng, taken=pairs)
+        if pair.shape not in [other.shape for other in pairs]:
+            pairs.append(pair)
+    names = [_free_name(rng, *each, coloured) for each in zip(pairs, numbers, strict=True)]
+    joint = rng.choice(wordings.JOINTS)
+    relation, layout, places = None, None, None
+    phrase = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} {joint} {names[-1]}"
+    plain_names = [counted(n, _name(p, coloured)) for p, n in zip(pairs, numbers, strict=True)]
+    plain = " and ".join(filter(None, (", ".join(plain_names[:-1]), plain_names[-1])))
+    if numbers == (1, 1) and rng.random() < 0.6:
+        phrase, relation = _free_relation(rng, names)
+        plain = f"{plain_names[0]} {relation} {plain_names[1]}"
+        places = SIDES[relation]
+        layout = LINES[places[0]]
+    others = [shape for shape in world.SHAPES if shape not in {pair.shape for pair in pairs}]
+    if rng.random() < 0.08:
+        only = rng.choice(wordings.ONLY)
+        phrase = only.format(phrase, other=plural(rng.choice(others)))
+    ground = rng.choice(("grey", "black")) if rng.random() < 0.2 else "white"
+    if ground != "white":
+        told = rng.choice((ground, "gray" if ground == "grey" else ground))
+        phrase += rng.choice(wordings.GROUNDS).format(told)
+        plain += f" on a {ground} background"
+    items = [pair for pair, n in zip(pairs, numbers, strict=True) for _ in range(n)]
+    placed = items if relation else rng.sample(items, len(items))
+    target = place_objects(rng, placed, layout, places, ground)
+    goal = replace(_goal(items, coloured, relation), background=ground)
+    return Task(wordings.ask(rng, phrase, unseen), target, goal, plain, for_test=unseen)
 
 
 def knowledge(rng, commonsense=False):
@@ -392,11 +470,14 @@ MAKERS = {
     "crowded reconstruction": partial(reconstruction, least=2),
     "crowded edit": partial(edit, least=2),
     "held-out": partial(one_object, coloured=True, held_out=True),
+    "two colours": two_colours,
+    "free wordings": free_wording,
 }
 KINDS = tuple(MAKERS)
 SIX_KINDS = ("single object", "two objects", "counting", "colors", "position", "attribution")
 # The kinds of the benchmark: prompts alone, and prompts with pictures.
 TEXT_KINDS = (*SIX_KINDS, "dense", "knowledge", "commonsense", "held-out")
+TEXT_KINDS += ("two colours", "free wordings")
 PICTURE_KINDS = ("reconstruction", "edit", "one subject", "two subjects", "three subjects")
 PICTURE_KINDS += ("association",)
 # The kinds that captions are trained on, with weights.
@@ -413,6 +494,8 @@ def task(kind, index, seed=0, split="train"):
     rng = random.Random(f"{split} {seed} {kind} {index}")
     while True:
         made = replace(MAKERS[kind](rng), kind=kind)
-        for_test = zlib.crc32(made.prompt.encode()) % 8 == 0  # one prompt in eight
+        for_test = made.for_test
+        if for_test is None:
+            for_test = zlib.crc32(made.prompt.encode()) % 8 == 0  # one prompt in eight
         if made.sources or kind == "held-out" or for_test == (split == "test"):
             return made

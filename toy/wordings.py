@@ -1,0 +1,113 @@
+"""Free wordings: the ways in which people ask for a picture, some of them kept from all training.
+
+    ask(rng, "two blue stars")                 "could you draw two blue stars for me?"
+    ask(rng, "two blue stars", unseen=True)    "quickly sketch two blue stars, will you?"
+
+A request is a way to ask around a phrase, in any case and punctuation, at times with a typing slip.
+The ways of `UNSEEN_WAYS`, and the words that only they use, are in no training text: the benchmark
+asks with them alone.
+"""
+
+OPENINGS = ("", "", "", "", "please ", "hi, ", "hello! ", "hey, ", "now ", "ok, ", "could you ")
+OPENINGS += ("can you ", "would you ", "could you please ", "can you please ", "i want you to ")
+OPENINGS += ("i would like you to ", "i'd like you to ", "let's ", "try to ", "your task is to ")
+OPENINGS += ("would you mind to ", "go ahead and ", "be so kind and ", "help me: ", "just ")
+OPENINGS += ("my teacher asked me to ", "you should ", "we need to ", "so, ", "next, ")
+VERBS = ("draw", "draw", "draw me", "paint", "paint me", "make", "make me", "create", "generate")
+VERBS += ("generate", "show", "show me", "give me", "produce", "design", "render", "print", "do")
+VERBS += ("draw us", "come up with", "put together", "get me", "compose", "display", "output")
+PICTURES = ("", "", "", "", "", "a picture of ", "an image of ", "a photo of ", "a drawing of ")
+PICTURES += ("a painting of ", "the image of ", "a picture showing ", "an image with ", "art of ")
+PICTURES += ("a picture with ", "one picture of ", "a small picture of ", "a scene with ")
+PICTURES += ("a graphic of ", "a picture that shows ", "a simple drawing of ", "a photograph of ")
+ENDINGS = ("", "", "", "", "", " please", ", please", " for me", " for me please", ", thanks")
+ENDINGS += (", thank you", " for my friend", " for my daughter", " if you can", " in the picture")
+ENDINGS += (" today", " for school", " on my page", ", it is for a card", ", i like it simple")
+ENDINGS += (" with clean edges", " as well as you can", " in a simple style", ", nothing fancy")
+# Ways that are no order: names of what is wanted, wishes, statements and questions.
+OTHER_WAYS = ("{}", "{}", "{}", "{}", "i want {}", "i want to see {}", "i would like {}")
+OTHER_WAYS += ("i need {}", "i need a picture of {}", "i'd like to see {}", "there is {}")
+OTHER_WAYS += ("there should be {}", "the picture shows {}", "a picture of {}", "an image of {}")
+OTHER_WAYS += ("a photo of {}", "a drawing of {}", "this is {}", "imagine {}", "think of {}")
+OTHER_WAYS += ("what does {} look like?", "how about {}?", "how would {} look?", "can i have {}?")
+OTHER_WAYS += ("could i have {}?", "could i see {}?", "do you have {}?", "can i get {}?")
+OTHER_WAYS += ("{} would be nice", "{}, that is what i want", "here is what i want: {}")
+OTHER_WAYS += ("my favourite thing is {}. draw it", "i was thinking of {}", "we want {} here")
+OTHER_WAYS += ("picture this: {}", "all i want is {}", "the prompt is: {}", "title: {}")
+OTHER_WAYS += ("yesterday i saw {}. can you draw it?", "a nice picture with {} in it")
+OTHER_WAYS += ("{} and that's it", "once again {}", "may we see {}", "let there be {}")
+
+UNSEEN_WAYS = ("quickly sketch {}, will you?", "illustrate {}", "kindly depict {} for us")
+UNSEEN_WAYS += ("i fancy {}", "any chance of {}?", "might you portray {}?", "it must contain {}")
+UNSEEN_WAYS += ("an illustration of {}", "a cartoon of {} for grandma", "i wish i could see {}")
+UNSEEN_WAYS += ("what i'm after is {}", "bring me {} right away!", "time for {}", "visualize {}")
+UNSEEN_WAYS += ("my boss demands {} by noon", "here goes: {}", "wallpaper featuring {}")
+UNSEEN_WAYS += ("would love {}", "surprise everybody with {}", "may i ask for {}, sir?")
+UNSEEN_WAYS += ("you know what would be great? {}!", "an icon with {} on it", "a sticker of {}")
+UNSEEN_WAYS += ("sorry to bother you, but could you whip up {}?", "logo: {}", "exhibit {} clearly")
+
+DESCRIBING = ("big", "large", "small", "little", "nice", "bright", "simple", "solid", "lovely")
+DESCRIBING += ("beautiful", "plain", "perfect", "flat", "cute", "clean", "regular", "pretty")
+AMOUNTS = {
+    1: ("a single", "one", "just one", "exactly one", "1", "the", ""),
+    2: ("two", "two", "2", "a pair of", "a couple of", "exactly two", "two identical"),
+    3: ("three", "three", "3", "a trio of", "a group of three", "exactly three", "three equal"),
+    4: ("four", "four", "4", "a set of four", "a group of four", "exactly four", "four equal"),
+}
+JOINTS = ("and", "and", "and", "and also", "plus", "with", "as well as", "together with")
+JOINTS += (
+    "along with",
+    "next to",
+    "beside",
+    "and then",
+    "and there is also",
+    "&",
+    "accompanied by",
+)
+GROUNDS = (" on a {} background", " on a {} background", " on {}", " against a {} background")
+GROUNDS += (" with a {} background", " in front of a {} background", ", {} background")
+GROUNDS += (". the background is {}", ", and the background should be {}", " on a {} canvas")
+ONLY = ("only {}", "just {}", "{} and nothing else", "{}, nothing else", "nothing but {}")
+ONLY += ("no {other}, just {}", "{} without any {other}", "{}, no {other}", "{} but no {other}")
+TYPING_SLIPS = 0.1  # share of the requests with one
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def way_to_ask(rng):
+    """A way to ask of those that are trained, with "{}" for what is asked for."""
+    if rng.random() < 0.4:
+        return rng.choice(OTHER_WAYS)
+    verb = rng.choice(VERBS) + " " + rng.choice(PICTURES)
+    return rng.choice(OPENINGS) + verb + "{}" + rng.choice(ENDINGS)
+
+
+def typing_slip(rng, text):
+    """The text with one letter of a longer word left out, doubled, replaced or swapped."""
+    words = text.split(" ")
+    long = [i for i, word in enumerate(words) if len(word) > 4 and word.isalpha()]
+    if not long:
+        return text
+    number = rng.choice(long)
+    word = words[number]
+    i = rng.randrange(1, len(word) - 1)
+    slips = (
+        word[:i] + word[i + 1 :],
+        word[:i] + word[i] + word[i:],
+        word[:i] + rng.choice(LETTERS) + word[i + 1 :],
+        word[:i] + word[i + 1] + word[i] + word[i + 2 :],
+    )
+    words[number] = rng.choice(slips)
+    return " ".join(words)
+
+
+def ask(rng, phrase, unseen=False):
+    """A request for what `phrase` names; `unseen`: in a way that no training text uses."""
+    way = rng.choice(UNSEEN_WAYS) if unseen else way_to_ask(rng)
+    text = way.format(phrase)
+    if rng.random() < TYPING_SLIPS:
+        text = typing_slip(rng, text)
+    if text[-1].isalnum():
+        ends = ("", "", "", ".", ".", "!", "...")
+        text += "?" if text.startswith(("could", "can ", "would")) else rng.choice(ends)
+    case = rng.choice((str, str, str.capitalize, str.capitalize, str.upper, str.title))
+    return case(text)
