@@ -19,7 +19,6 @@ B prompts, T prompt tokens, N queries, L condition tokens; d MLLM width, c capti
 """
 
 import json
-import os
 import warnings
 from collections.abc import Mapping
 from contextlib import contextmanager, suppress
@@ -64,6 +63,8 @@ class MetaQueryConfig:
             value, allowed = getattr(self, field.name), get_args(field.type)
             if allowed and value not in allowed:
                 raise InputError(f"unknown {field.name} {value!r}: choose one of {allowed}.")
+            if not allowed and type(value) is not field.type:
+                raise InputError(f"{field.name} is {value!r}: give a {field.type.__name__}.")
             if field.type is int and value < 1:
                 raise InputError(f"{field.name} is {value}: it must be at least 1.")
 
@@ -75,7 +76,8 @@ class MetaQueryConfig:
         return cls(**(PRESETS[size] | changes))
 
 
-TINY = Path(__file__).resolve().parent / "weights" / "tiny"
+HERE = Path(__file__).resolve().parent
+TINY = HERE / "weights" / "tiny"
 SANA = "Efficient-Large-Model/Sana_1600M_512px_diffusers"
 PRESETS = {
     "tiny": {"mllm": str(TINY / "mllm"), "diffusion": str(TINY / "diffusion"),
@@ -107,11 +109,11 @@ QWEN_PIXELS = {"shortest_edge": 256 * 28 * 28, "longest_edge": 1280 * 28 * 28}  
 def prepare_inputs(processor, mllm_config, prompts, images=None, system=SYSTEM_PROMPT):
     """Tokenize B prompts as chats, padded on the left: a dict of tensors. It needs no weights.
 
-    images: per prompt a list of PIL images, or None. With system=None, to ask the MLLM itself, they
-    stay uncropped. Raises InputError if there are too many, or the MLLM reads text only."""
+    images: as for `picture_lists`. With system=None, to ask the MLLM itself, they stay uncropped.
+    Raises InputError if there are too many, or the MLLM reads text only."""
     takes_images = hasattr(mllm_config, "vision_config")
     tokenizer = getattr(processor, "tokenizer", processor)
-    images = [[to_rgb(picture) for picture in row or []] for row in images or [None] * len(prompts)]
+    images = [[to_rgb(picture) for picture in row] for row in picture_lists(prompts, images)]
     if any(images) and not takes_images:
         raise InputError("this MLLM reads text only: use LLaVA-OneVision or Qwen2.5-VL.")
     if max(map(len, images)) > MAX_PICTURES:
@@ -131,6 +133,22 @@ def prepare_inputs(processor, mllm_config, prompts, images=None, system=SYSTEM_P
     return processor(text=texts, images=images, **options)
 
 
+def picture_lists(prompts, images):
+    """Per prompt a list of PIL images. `images` may also be None, or hold one image a prompt; for a
+    single prompt, be a list of its images. Raises InputError if it fits neither."""
+    images = [None] * len(prompts) if images is None else list(images)
+    if len(prompts) == 1 and images and all(isinstance(row, Image.Image) for row in images):
+        images = [images]
+    images = [[row] if isinstance(row, Image.Image) else row for row in images]
+    images = [[] if row is None else row for row in images]
+    if len(images) != len(prompts):
+        raise InputError(f"{len(images)} lists of images for {len(prompts)} prompts: give as many.")
+    for row in images:
+        if not isinstance(row, list | tuple) or not all(isinstance(x, Image.Image) for x in row):
+            raise InputError("images must be lists of PIL images: open files with PIL.Image.open.")
+    return images
+
+
 def conversation(prompt, pictures=0, system=SYSTEM_PROMPT, as_parts=False):
     """Chat messages: so many pictures, then the text, also when it is empty; as lists of parts, or
     as plain strings for the templates of text-only models."""
@@ -141,7 +159,11 @@ def conversation(prompt, pictures=0, system=SYSTEM_PROMPT, as_parts=False):
 
 
 def clean_prompt(tokenizer, prompt):
-    """A prompt without the tokenizer's special tokens, cut at MAX_PROMPT_TOKENS with a warning."""
+    """A prompt without the tokenizer's special tokens, cut at MAX_PROMPT_TOKENS with a warning.
+
+    Raises InputError if it is not text that UTF-8 can encode."""
+    if not isinstance(prompt, str) or prompt != prompt.encode(errors="ignore").decode():
+        raise InputError(f"the prompt {prompt!r} is not Unicode text: correct or remove it.")
     for token in tokenizer.all_special_tokens:
         prompt = prompt.replace(token, " ")
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
@@ -154,8 +176,10 @@ def clean_prompt(tokenizer, prompt):
 def to_rgb(picture):
     """A PIL image of any mode as it looks: upright, RGB, 8 bits, transparent parts white."""
     picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I"):  # 16 bits: 0 to 65,535
-        picture = Image.fromarray((np.asarray(picture) / 257).clip(0, 255).astype(np.uint8))
+    if picture.mode[0] in "IF":  # 16 bits, 0 to 65,535, or floats: 0 to 1, or 0 to 255
+        values = np.asarray(picture)
+        most = 65_535 if picture.mode != "F" else 1 if values.max() <= 1 else 255
+        picture = Image.fromarray((values * (255 / most)).clip(0, 255).astype(np.uint8))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
@@ -369,13 +393,14 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
     @torch.no_grad()
     def generate(self, prompts, images=None, negative_prompt="", num_inference_steps=30,
                  guidance_scale=3.0, image_guidance_scale=1.5, num_images_per_prompt=1,
-                 generator=None):  # fmt: skip
+                 generator=None, callback=None):  # fmt: skip
         """Draw pictures: a list of PIL images, `num_images_per_prompt` for each prompt in turn.
 
         images: per prompt a list of PIL images, or None. No guidance: guidance_scale g = 1,
-        image_guidance_scale g_img ≤ 1. `generator` seeds the noise, as in a diffusers pipeline."""
+        image_guidance_scale g_img ≤ 1. `generator` seeds the noise, as in a diffusers pipeline.
+        `callback()` is called after each step. Raises InputError if the latents are not finite."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        images = [row or [] for row in images or [[]] * len(prompts)]
+        images = picture_lists(prompts, images)
         negative = [negative_prompt] * len(prompts)
         # Each branch is one way to condition; all are encoded, and denoised, as one batch.
         branches = {"text": (prompts, images)}
@@ -412,6 +437,13 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
             predicted = self.denoise(noisy, timestep.expand(len(noisy)), cond, cond_mask)
             v = dict(zip(branches, predicted.chunk(len(branches)), strict=True))
             x = scheduler.step(guide(v), timestep, x).prev_sample
+            if callback:
+                callback()
+        if not x.isfinite().all():
+            cause = (
+                "lower guidance_scale; if it is low, the weights hold values that are not finite"
+            )
+            raise InputError(f"the drawing is not finite: {cause}.")
         return self.decode_latents(x)
 
     @torch.no_grad()
@@ -474,8 +506,10 @@ def loading(name, flag):
     """Turn the errors of loading a part into an InputError; `flag` is what replaces the part."""
     try:
         yield
-    except (OSError, ValueError) as error:
-        what = f"cannot load {name} ({str(error).strip().splitlines()[0]})"
+    except InputError:
+        raise
+    except Exception as error:  # a corrupt file may raise any: of safetensors, of tokenizers, ...
+        what = f"cannot load {name} ({(str(error).strip() or repr(error)).splitlines()[0]})"
         todo = f"go online (log in if the model is gated), or name another hub id or folder: {flag}"
         raise InputError(f"{what}: {todo}.") from None
 
@@ -488,8 +522,14 @@ def load_mllm(config, dtype):
             model, processor = auto.AutoModelForImageTextToText, auto.AutoProcessor
         else:
             model, processor = auto.AutoModelForCausalLM, auto.AutoTokenizer
+        processor = processor.from_pretrained(name)
+        tokenizer = getattr(processor, "tokenizer", processor)
+        if not processor.chat_template:
+            todo = "copy chat_template.jinja of its Instruct version into the folder"
+            raise InputError(f"{name} has no chat template: {todo}, or choose another --mllm.")
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         dtype = torch.float32 if config.train_mllm else dtype
-        return model.from_pretrained(name, dtype=dtype).eval(), processor.from_pretrained(name)
+        return model.from_pretrained(name, dtype=dtype).eval(), processor
 
 
 def load_diffusion(config, dtype):
@@ -509,15 +549,23 @@ def load_diffusion(config, dtype):
 
 
 # ---- 6. Checkpoints: skip on first reading -------------------------------------------------------
+def portable(config, folder):
+    """A config's fields, for its config.json in `folder`: the paths of parts that lie in `folder`,
+    or beside this file, are relative to it. Hub ids and other paths stay as given."""
+    values = asdict(config)
+    for name in ("mllm", "diffusion"):
+        path = Path(values[name]).resolve()
+        for base in (Path(folder).resolve(), HERE):
+            if path.exists() and path.is_relative_to(base):
+                values[name] = str(path.relative_to(base))
+                break
+    return values
+
+
 def save_checkpoint(model, folder):
     """Write what was trained to model.safetensors; config.json names the frozen parts."""
-    config = asdict(model.config)
-    for name in ("mllm", "diffusion"):
-        path = Path(config[name]).resolve()
-        if path.exists():  # a folder, not a hub id; one inside the checkpoint moves with it
-            inside = path.is_relative_to(folder.resolve())
-            config[name] = os.path.relpath(path, folder) if inside else str(path)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    text = json.dumps(portable(model.config, folder), indent=2)
+    (folder / "config.json").write_text(text + "\n")
     save_file(model.trained_state_dict(), folder / "model.safetensors", {"format": "pt"})
 
 
@@ -528,17 +576,20 @@ def load_checkpoint(folder, dtype, changes):
             folder = snapshot_download(str(folder))
     folder = Path(folder)
     try:
-        saved = json.loads((folder / "config.json").read_text())
+        values = json.loads((folder / "config.json").read_text())
         state = load_file(folder / "model.safetensors")
-        if "condition" in saved:  # as older checkpoints named it
-            saved["condition_on"] = saved.pop("condition")
-        inside = {n: str(folder / p) for n, p in saved.items() if (folder / str(p)).is_dir()}
-        config = MetaQueryConfig(**(saved | inside | changes))
-    except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
+        if "condition" in values:  # as older checkpoints named it
+            values["condition_on"] = values.pop("condition")
+        for name in ("mllm", "diffusion"):
+            bases = [base for base in (folder, HERE) if (base / values[name]).is_dir()]
+            values[name] = str(bases[0] / values[name]) if bases else values[name]
+        config = MetaQueryConfig(**(values | changes))
+    except InputError:
+        raise
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, SafetensorError) as error:
         reason = f"{folder} is corrupt or not a MetaQuery checkpoint ({error})"
-        raise InputError(
-            f"{reason}: name a folder that train.py saved, or an older step."
-        ) from None
+        todo = "name a folder that train.py saved, or an older step"
+        raise InputError(f"{reason}: {todo}.") from None
     model = MetaQuery(config, dtype)
     model.load_trained_state_dict(state, folder)
     return model

@@ -3,34 +3,47 @@
     python train.py --size tiny --stage pretrain --out runs/tiny
     torchrun --nproc-per-node=8 train.py --size base --out runs/base
 
-Every field of MetaQueryConfig is a flag (--num-queries 64 --connector proj-enc ...). `--out` holds
-step-00001000/ folders (weights and training state), log.jsonl, samples/step-*.png, and the latest
-weights at its top, so that `sample.py --checkpoint OUT` works at any time. The same command resumes
-a run.
+Stages: pretrain draws captions; reconstruct draws pictures again; mix does both; edit and instruct
+fine-tune a --checkpoint on edits, and on prompts with pictures. Every field of MetaQueryConfig is a
+flag too. `--out` holds step-00001000/ folders (weights and training state), log.jsonl,
+samples/step-*.png, and the latest weights at its top, so that `sample.py --checkpoint OUT` works at
+any time. The same command resumes a run.
 """
 
+from training.flags import parse_flags
+
+if __name__ == "__main__":  # --help and bad flags are answered before the slow imports
+    FLAGS = parse_flags(__doc__)
+
+import multiprocessing
 import os
 import signal
+import sys
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
+from datasets import disable_progress_bars
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
-from transformers import HfArgumentParser, get_cosine_with_min_lr_schedule_with_warmup
+from transformers import get_cosine_with_min_lr_schedule_with_warmup
+from transformers.utils.logging import disable_progress_bar
 
-from data.batches import STOP_SIGNALS, Collate, open_batches
-from data.command_line import stop
-from data.pictures import grid
-from data.stages import NEEDS_CHECKPOINT, STAGES, recipe
+from data.batches import Collate, open_batches
+from data.command_line import device_of, errors_in_one_line
+from data.pictures import grid, save_picture
+from data.sources import open_rows
+from data.stages import STAGES
 from metaquery import InputError, MetaQuery, MetaQueryConfig
 from toy.tasks import task
-from training.checkpoint import resume, save
+from training.checkpoint import lock, resume, save
 from training.kernels import checkpoint_layers, choose_attention
 from training.log import Delayed, Log
+from training.signals import StopSignals
 
 MIN_LR = 1e-5  # where the cosine ends (§4)
 MAX_GRAD_NORM = 1.0
@@ -41,21 +54,21 @@ MAX_BAD_STEPS = 10  # steps in a row without finite loss or gradient that end a 
 class TrainConfig:
     """What defines a run beside the model: the data, the recipe and where it is saved."""
 
-    size: str = "tiny"  # tiny, base, large or xlarge
-    stage: str = "pretrain"  # pretrain, reconstruct, mix, edit or instruct
+    size: Literal["tiny", "base", "large", "xlarge"] = "tiny"  # the model's size
+    stage: Literal["pretrain", "reconstruct", "mix", "edit", "instruct"] = "pretrain"  # see above
     out: str = "runs/tiny"  # the run's folder
     data: str = "toy"  # "toy", or hub ids and folders with weights: NAME,NAME=WEIGHT,...
     text_column: str = ""  # the dataset's column of captions, if it has another name
-    target_column: str = ""  # of pictures to draw
-    sources_column: str = ""  # of source pictures
+    target_column: str = ""  # the column of pictures to draw
+    sources_column: str = ""  # the column of source pictures
     streaming: bool = False  # read datasets as they are downloaded
-    steps: int = 2400
+    steps: int = 2400  # training steps in all
     batch_size: int = 32  # samples a step, over all processes
     micro_batch_size: int = 0  # samples a forward pass; 0 is a process's whole share
     lr: float = 1e-3  # the highest learning rate
     warmup: int = 200  # steps to reach it
-    seed: int = 0
-    save_every: int = 1000  # steps
+    seed: int = 0  # of the weights, the data's order and the noise
+    save_every: int = 1000  # steps between checkpoints
     keep: int = 2  # checkpoints that are kept
     sample_every: int = 500  # steps between drawings of samples/
     workers: int = 0  # processes that prepare batches; 0 is in the training process
@@ -64,26 +77,14 @@ class TrainConfig:
     zero: bool = False  # shard the optimizer's state over the processes
     gradient_checkpointing: bool = False  # less memory, more time
     compile: bool = False  # compile the connector and the diffusion model
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-
-    def __post_init__(self):
-        MetaQueryConfig.preset(self.size)  # refuses an unknown size, also with --checkpoint
-        if self.stage not in STAGES:
-            raise InputError(f"unknown stage {self.stage!r}: choose one of {', '.join(STAGES)}.")
-        if self.stage in NEEDS_CHECKPOINT and not self.checkpoint:
-            raise InputError(f"--stage {self.stage} fine-tunes a model: give --checkpoint DIR.")
-        for name in ("steps", "batch_size", "save_every", "sample_every", "keep"):
-            if getattr(self, name) < 1:
-                flag = name.replace("_", "-")
-                raise InputError(f"--{flag} is {getattr(self, name)}: it must be at least 1.")
+    device: str = ""  # cpu, cuda, ...; by default cuda if there is one
 
 
 def open_processes(config):
     """(rank, number of processes, device); joins the other processes of torchrun."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device(config.device)
+    device = device_of(config.device)
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if world > 1:
         # After a restart the shared store still holds the dead processes' addresses: use a prefix.
@@ -154,6 +155,16 @@ def skip_update(optimizer, is_bad):
     getattr(optimizer, "optim", optimizer).found_inf = is_bad.float()
 
 
+def next_batch(batches):
+    """The loader's next batch; an InputError of one of its workers without their traceback."""
+    try:
+        return next(batches)
+    except InputError as error:
+        raise InputError(
+            str(error).splitlines()[-1].removeprefix("metaquery.InputError: ")
+        ) from None
+
+
 def draw_samples(model, stage, path):
     """Save a grid of fixed unseen tasks from fixed noise, beside their source pictures, if any."""
     kinds = list(STAGES[stage])
@@ -165,8 +176,7 @@ def draw_samples(model, stage, path):
     shown = []
     for sources, picture in zip(images, pictures, strict=True):
         shown += [*sources[:1], picture]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    grid(shown, 8 if any(images) else 4).save(path)
+    save_picture(grid(shown, 8 if any(images) else 4), path)
 
 
 def train(config, changes):
@@ -180,15 +190,14 @@ def train(config, changes):
     model = build_model(config, changes, device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer, schedule = build_optimizer(config, parameters, world)
+    is_toy = config.data == "toy"
+    rows = STAGES[config.stage] if is_toy else open_rows(config, config.seed)
     out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
+    locked = lock(out) if rank == 0 else None  # until this function returns
     first = resume(model, optimizer, schedule, out, config)
     wrapped = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
-    kinds = STAGES[config.stage]
-    batches = open_batches(config, kinds, Collate(model, config), first, rank, world)
-    signals = []
-    for name in STOP_SIGNALS:
-        signal.signal(name, lambda number, frame: signals.append(number))
+    batches = open_batches(config, rows, Collate(model, config), first, rank, world)
+    signals = StopSignals()
     log, delayed = Log(out, config, first, rank), Delayed()
     step, ended, bad_steps = first, False, 0
 
@@ -210,9 +219,10 @@ def train(config, changes):
     with log.bar:
         while not ended and step < config.steps:
             # 1. This process's share of the batch
-            asked = time.time()
-            batch = next(batches)
-            log.waited += time.time() - asked
+            signals.waiting_since = time.time()
+            batch = next_batch(batches)
+            log.waited += time.time() - signals.waiting_since
+            signals.waiting_since = None
             log.skipped_samples += batch.skipped
 
             # 2. Loss and gradient, summed over the micro-batches; processes exchange the last sum
@@ -225,7 +235,7 @@ def train(config, changes):
                 loss += micro_loss.detach() / len(batch.micro_batches) / world
 
             # 3. What all processes must agree on: the mean loss, and whether one was told to stop
-            stop_votes = torch.tensor(float(len(signals)), device=device)
+            stop_votes = torch.tensor(float(len(signals.received)), device=device)
             if world > 1:
                 dist.all_reduce(loss)
                 dist.all_reduce(stop_votes)
@@ -252,35 +262,28 @@ def train(config, changes):
             if rank == 0 and (ended or step % config.sample_every == 0):
                 draw_samples(model, config.stage, out / "samples" / f"step-{step:08d}.png")
     if rank == 0:
+        locked.close()
         print(f"saved {out} at step {step}")
     if world > 1:
         dist.destroy_process_group()
 
 
-def parse_flags():
-    """(TrainConfig, changed fields of MetaQueryConfig): flags, over the stage's recipe."""
-    parser = HfArgumentParser((TrainConfig, MetaQueryConfig), description=__doc__)
-    parser.error = stop
-    defaults = {field.name: field.default for field in fields(TrainConfig)}
-    model_fields = [field.name for field in fields(MetaQueryConfig)]
-    for action in parser._actions:
-        action.required = False  # the size names the parts
-    parser.set_defaults(**dict.fromkeys([*defaults, *model_fields]))
-    flags, unknown = parser.parse_known_args()
-    if unknown:
-        raise InputError(f"unknown flag {unknown[0]}: see train.py --help.")
-    given = {name: value for name, value in vars(flags).items() if value is not None}
-    changes = {name: value for name, value in given.items() if name in model_fields}
-    chosen = {name: value for name, value in given.items() if name in defaults}
-    size, stage = chosen.get("size", defaults["size"]), chosen.get("stage", defaults["stage"])
-    return TrainConfig(**(recipe(size, stage) | chosen)), changes
-
-
 def main():
-    try:
-        train(*parse_flags())
-    except InputError as error:
-        stop(error)
+    settings, changes = FLAGS
+    config = TrainConfig(**settings)
+    if config.steps <= config.warmup and int(os.environ.get("RANK", 0)) == 0:
+        short = f"--steps {config.steps} is no more than --warmup {config.warmup}"
+        print(f"warning: {short}: the learning rate never reaches --lr.", file=sys.stderr)
+    if not sys.stderr.isatty():  # the bars of loading are for eyes, not for files
+        disable_progress_bar()
+        disable_progress_bars()
+    with errors_in_one_line():
+        try:
+            train(config, changes)
+        finally:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loader would raise at their end
+            for worker in multiprocessing.active_children():
+                worker.kill()  # they ignore every other signal
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import groupby
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
@@ -34,12 +34,14 @@ from data.command_line import (
     BATCH,
     DRAWING_BOUNDS,
     add_drawing_options,
+    begin,
     check_bounds,
     draw,
+    errors_in_one_line,
     load_model,
-    stop,
+    writable,
 )
-from data.pictures import grid, open_picture
+from data.pictures import grid, open_picture, save_picture
 from metaquery import InputError
 
 
@@ -184,7 +186,20 @@ class Benchmark:
             raise InputError(f"cannot read --data {data} ({error}): {self.expects}.") from None
         if not items:
             raise InputError(f"--data {data} has no prompts: {self.expects}.")
+        check_names([name for item in items for name in (*item.files, item.sheet, *item.notes)])
         return items
+
+
+def check_names(names):
+    """Raise InputError if a file would lie outside --out, or two would be the same."""
+    seen = set()
+    for name in filter(None, names):
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or "\0" in name:
+            raise InputError(f"{name!r} lies outside --out: correct that id in --data.")
+        if name in seen:
+            raise InputError(f"two prompts are drawn to {name!r}: remove one of them from --data.")
+        seen.add(name)
 
 
 OFFICIAL = {
@@ -212,11 +227,7 @@ def save(item, pictures, out):
     if item.sheet:
         files[item.sheet] = grid(pictures, 2, gap=0)
     for name, picture in files.items():
-        path = out / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}")
-        picture.save(aside, "PNG")
-        aside.rename(path)
+        save_picture(picture, out / name)
 
 
 def run(model, items, args):
@@ -265,20 +276,18 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.error = stop
+    begin(parser)
     parser.add_argument("name", choices=OFFICIAL, help="which benchmark")
     parser.add_argument("--data", required=True, help="the benchmark's own prompts or pictures")
     parser.add_argument("--out", help="where the pictures go (samples-NAME)")
     parser.add_argument("--limit", type=int, help="the first N prompts only")
     add_drawing_options(parser)
     args = parser.parse_args()
-    check_bounds(args, DRAWING_BOUNDS | {"limit": 1})
-    args.out = args.out or f"samples-{args.name}"
-    try:
+    check_bounds(vars(args), DRAWING_BOUNDS)
+    args.out = writable(args.out or f"samples-{args.name}", is_folder=True)
+    with errors_in_one_line():
         items = OFFICIAL[args.name].items(args.data)  # before the model, which takes longer
         run(load_model(args), items, args)
-    except (InputError, RuntimeError, OSError) as error:
-        stop(error)
 
 
 if __name__ == "__main__":

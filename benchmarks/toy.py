@@ -18,13 +18,14 @@ from tqdm import tqdm
 from data.command_line import (
     DRAWING_BOUNDS,
     add_drawing_options,
+    begin,
     check_bounds,
     draw,
+    errors_in_one_line,
     load_model,
-    stop,
     writable,
 )
-from data.pictures import grid
+from data.pictures import grid, save_picture
 from toy.scene import edit_score, score
 from toy.talk import unseen_question
 from toy.tasks import PICTURE_KINDS, SIX_KINDS, TEXT_KINDS, task
@@ -68,20 +69,18 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.error = stop
+    begin(parser)
     parser.add_argument("--limit", type=int, default=50, help="cases of each kind (50)")
     parser.add_argument("--json", metavar="FILE", help="also write the figures as JSON")
     parser.add_argument("--out", metavar="FILE.png", help="also save a grid of the first cases")
     add_drawing_options(parser)
     args = parser.parse_args()
-    check_bounds(args, DRAWING_BOUNDS | {"limit": 1})
+    check_bounds(vars(args), DRAWING_BOUNDS)
     for path in filter(None, (args.json, args.out)):
-        writable(path)
+        writable(path, is_folder=False)
     began = time.time()
-    try:
+    with errors_in_one_line():
         table, shown = run(load_model(args), args)
-    except (ValueError, RuntimeError, OSError) as error:
-        stop(error)
     for name, value in table.items():
         print(f"{name:>20}  {value:.3f}")
     cases = args.limit * args.num_images
@@ -96,7 +95,7 @@ def main():
         written = {"scores": table, "pictures_per_kind": cases} | settings
         Path(args.json).write_text(json.dumps(written, indent=2) + "\n")
     if args.out:
-        grid(shown, 20).save(args.out)
+        save_picture(grid(shown, 20), args.out)
         print(f"saved {args.out}")
 
 

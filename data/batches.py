@@ -9,7 +9,7 @@ import torch
 from PIL import ImageOps
 from torch.utils.data import DataLoader, Dataset
 
-from data.sources import OnDisk, Row, Streamed, open_rows
+from data.sources import OnDisk, Row, Streamed
 from metaquery import drop_conditions, to_rgb
 from toy.tasks import task
 
@@ -108,11 +108,10 @@ def resolution_of(model):
     return model.diffusion.config.sample_size * 2 ** (len(levels) - 1)
 
 
-def open_batches(config, kinds, collate, first, rank, world):
+def open_batches(config, rows, collate, first, rank, world):
     """An iterator over this process's share of each step's rows, collated, from step `first` on.
 
-    config.data is "toy", whose `kinds` and their weights the stage names, or datasets. Raises
-    InputError if one cannot be read.
+    rows: a dataset of `open_rows`, or the toy world's kinds of tasks and their weights.
     """
     share = config.batch_size // world
     sampler = (
@@ -121,20 +120,19 @@ def open_batches(config, kinds, collate, first, rank, world):
         for i in range(share)
     )
     if config.data == "toy":
-        dataset = ToyTasks(kinds, config.seed)
+        dataset = ToyTasks(rows, config.seed)
     elif config.streaming:
-        rows = open_rows(config, config.seed)
         dataset = Streamed(rows, config.stage, config.seed, rank, world, first, share)
         sampler = None
     else:
-        dataset = OnDisk(open_rows(config, config.seed), config.stage, config.seed)
+        dataset = OnDisk(rows, config.stage, config.seed)
     loader = DataLoader(
         dataset,
         share,
         sampler=sampler,
         collate_fn=collate,
         num_workers=config.workers,
-        pin_memory=config.device.startswith("cuda"),
+        pin_memory=torch.cuda.is_initialized(),
         worker_init_fn=ignore_signals,
     )
     return iter(loader)

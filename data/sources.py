@@ -6,6 +6,7 @@ OmniEdit and MetaQuery-Instruct; streamed or not; several of them mixed by weigh
 
 import io
 import random
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from datasets.distributed import split_dataset_by_node
 from PIL import Image as PILImage
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from data.command_line import parse_data
 from metaquery import MAX_PICTURES, InputError
 
 # Known names of each column; train.py's flags name others.
@@ -39,31 +41,56 @@ class Row(NamedTuple):
 
 
 def open_dataset(name, streaming):
-    """A dataset by hub id or folder: tars, parquet files, or pictures with their metadata."""
+    """A dataset by hub id, folder or file: tars, parquet files, or pictures with their metadata."""
     folder = Path(name)
     try:
-        if not folder.is_dir():
+        if not folder.exists():
             return load_dataset(name, split="train", streaming=streaming)
         for suffix, builder in ((".tar", "webdataset"), (".parquet", "parquet")):
-            files = sorted(str(path) for path in folder.rglob(f"*{suffix}"))
-            if files:
-                files = {"train": files}
+            files = sorted(folder.rglob(f"*{suffix}")) if folder.is_dir() else [folder]
+            if files and files[0].suffix == suffix:
+                files = {"train": whole_shards(files)}
                 return load_dataset(builder, data_files=files, split="train", streaming=streaming)
+        if not folder.is_dir():
+            raise OSError("it is neither a .tar nor a .parquet file")
         return load_dataset("imagefolder", data_dir=name, split="train", streaming=streaming)
+    except InputError:
+        raise
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         advice = "name a hub id, or a folder of .tar or .parquet files or of pictures with captions"
         raise InputError(f"cannot read --data {name} ({reason}): {advice}.") from None
 
 
-def standardize(dataset, name, columns, needs_sources):
-    """A dataset with columns "text", "target" and, if needed, "sources"; pictures not decoded yet.
+def whole_shards(files):
+    """The names of those files that are not cut off; the others are named and counted on stderr.
+
+    A tar ends in 1,024 zero bytes and a parquet file in "PAR1", so that reading the end tells.
+    """
+    whole = []
+    for path in files:
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - 1024))
+            end = file.read()
+        is_whole = end.endswith(b"PAR1") if path.suffix == ".parquet" else end == bytes(1024)
+        if is_whole:
+            whole.append(str(path))
+    broken = [path.name for path in files if str(path) not in whole]
+    if broken:
+        names = ", ".join(broken[:5]) + (", ..." if len(broken) > 5 else "")
+        print(f"skipped {len(broken)} of {len(files)} shards, cut off: {names}", file=sys.stderr)
+    if not whole:
+        raise InputError(f"every shard of --data is cut off, first {files[0]}: copy it again.")
+    return whole
+
+
+def standardize(dataset, name, columns, roles):
+    """A dataset with columns of the given roles, such as "text"; pictures are not decoded yet.
 
     columns: {role: the column's name, or "" to look for a known one}. Raises InputError if a column
-    is missing.
+    is missing, or there are no rows.
     """
-    available = list(dataset.features or next(iter(dataset)))
-    roles = ("text", "target", "sources") if needs_sources else ("text", "target")
+    available = list(dataset.features or next(iter(dataset), []))
     role_of = {}
     for role in roles:
         wanted = (columns[role],) if columns[role] else COLUMNS[role]
@@ -81,19 +108,26 @@ def standardize(dataset, name, columns, needs_sources):
             dataset = dataset.cast_column(column, Image(decode=False))
         elif isinstance(getattr(feature, "feature", None), Image):  # a list of pictures
             dataset = dataset.cast_column(column, type(feature)(Image(decode=False)))
-    return dataset.rename_columns({old: new for old, new in role_of.items() if old != new})
+    dataset = dataset.rename_columns({old: new for old, new in role_of.items() if old != new})
+    is_streamed = not hasattr(dataset, "__len__")
+    if next(iter(dataset), None) is None if is_streamed else len(dataset) == 0:
+        raise InputError(f"--data {name} has no rows: check it, or name another.")
+    return dataset
+
+
+# What each stage reads of a row.
+ROLES = {"reconstruct": ("target",), "edit": tuple(COLUMNS), "instruct": tuple(COLUMNS)}
 
 
 def open_rows(config, seed):
     """The rows of config.data, "NAME,NAME=WEIGHT,...", standardized and mixed by weight."""
     columns = {role: getattr(config, f"{role}_column") for role in COLUMNS}
-    needs_sources = config.stage in ("edit", "instruct")
+    roles = ROLES.get(config.stage, ("text", "target"))
     datasets, weights = [], []
-    for part in config.data.split(","):
-        name, _, weight = part.partition("=")
+    for name, weight in parse_data(config.data):
         dataset = open_dataset(name, config.streaming)
-        datasets.append(standardize(dataset, name, columns, needs_sources))
-        weights.append(float(weight or 1))
+        datasets.append(standardize(dataset, name, columns, roles))
+        weights.append(weight)
     if len(datasets) == 1:
         return datasets[0]
     shares = list(np.array(weights) / sum(weights))
@@ -105,9 +139,10 @@ def read_row(row, stage, coin):
 
     `coin` in [0, 1) decides in the stage "mix" whether the picture is reconstructed.
     """
-    text, target = row["text"], decode(row["target"])
+    target = decode(row["target"])
     if stage == "reconstruct" or (stage == "mix" and coin < 0.5):
         return "", [target], target
+    text = row["text"]
     text = text[-1] if isinstance(text, list) else text  # OmniEdit's last prompt is the shortest
     if not (isinstance(text, str) and text.strip()):
         raise ValueError("an empty caption")
@@ -153,6 +188,14 @@ class OnDisk(Dataset):
         raise too_many_broken()
 
 
+def until_broken(rows):
+    """The rows of an iterator up to one where reading fails, as it does in a damaged shard."""
+    try:
+        yield from rows
+    except Exception as error:
+        print(f"skipped the rest of an epoch: cannot read on ({error})", file=sys.stderr)
+
+
 class Streamed(IterableDataset):
     """A streamed dataset: each process's each worker reads its own share of the rows.
 
@@ -177,9 +220,10 @@ class Streamed(IterableDataset):
         share, shares = self.rank * workers + played, self.world * workers
         read, epoch, skipped = 0, 0, 0
         while True:
+            read_before = read + skipped
             rows = self.rows.shuffle(seed=self.seed + epoch, buffer_size=SHUFFLE_BUFFER)
             # Unlike `__iter__`, `iter` leaves the splitting among workers to us.
-            for columns in split_dataset_by_node(rows, share, shares).iter(1):
+            for columns in until_broken(split_dataset_by_node(rows, share, shares).iter(1)):
                 row = {name: values[0] for name, values in columns.items()}
                 try:
                     coin = random.Random(f"{self.seed} {(share, shares)} {read}").random()
@@ -196,4 +240,9 @@ class Streamed(IterableDataset):
                     yield Row(*sample, skipped, index)
                 read += 1
                 skipped = 0
+            if read + skipped == read_before:
+                raise InputError(
+                    f"reader {share + 1} of {shares} finds no rows in --data: use fewer --workers "
+                    "or processes, or more rows."
+                )
             epoch += 1

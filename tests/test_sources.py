@@ -15,6 +15,7 @@ from conftest import losses, run
 from PIL import Image
 
 from data.batches import open_batches
+from data.sources import open_rows
 from metaquery import InputError
 
 
@@ -102,7 +103,7 @@ def batches(data, number, first=0, rank=0, world=1, **changes):
         device="cpu",
     )
     vars(config).update(changes)
-    made = open_batches(config, {}, list, first, rank, world)
+    made = open_batches(config, open_rows(config, config.seed), list, first, rank, world)
     return list(itertools.islice(made, number))
 
 

@@ -102,8 +102,8 @@ def test_learning_lowers_the_loss(parts, tmp_path):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--size", "huge"], "tiny, base"),
-        (["--size", "huge", "--checkpoint", "weights/tiny"], "tiny, base"),
+        (["--size", "huge"], "'tiny', 'base'"),
+        (["--size", "huge", "--checkpoint", "weights/tiny"], "'tiny', 'base'"),
         (["--stage", "dream"], "pretrain"),
         (["--steps", "0"], "at least 1"),
         (["--batch-size", "5", "--micro-batch-size", "2"], "multiple of 2"),

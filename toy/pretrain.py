@@ -16,7 +16,10 @@ import argparse
 import json
 import os
 import random
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -173,37 +176,78 @@ def train_diffusion(args):
     (args.out / "diffusion" / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-# Each part's maker, its steps and batch, and the file that says that it is there.
+class Part(NamedTuple):
+    """One of the frozen parts: how it is made, and from which others."""
+
+    make: Callable
+    steps: int
+    batch_size: int
+    file: str  # below --out; it is there once the part is made
+    needs: tuple = ()
+
+
 PARTS = {
-    "vae": (train_vae, 5500, 32, "diffusion/vae/config.json"),
-    "vision": (train_vision, 3000, 64, "vision/config.json"),
-    "llm": (train_llm, 1800, 16, "llm/config.json"),
-    "mllm": (train_mllm, 3000, 16, "mllm/config.json"),
-    "diffusion": (train_diffusion, 5500, 32, "diffusion/transformer/config.json"),
+    "vae": Part(train_vae, 5500, 32, "diffusion/vae/config.json"),
+    "vision": Part(train_vision, 3000, 64, "vision/config.json"),
+    "llm": Part(train_llm, 1800, 16, "llm/config.json"),
+    "mllm": Part(train_mllm, 3000, 16, "mllm/config.json", ("vision", "llm")),
+    "diffusion": Part(
+        train_diffusion, 5500, 32, "diffusion/transformer/config.json", ("vae", "llm")
+    ),
 }
 
 
-def main():
+def stop(message, code=2):
+    """End the program with one line on stderr."""
+    print(message, file=sys.stderr)
+    sys.exit(code)
+
+
+def parse_arguments():
     cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("weights/new"))
-    parser.add_argument(
-        "--part", choices=list(PARTS), help="make this part only, again if it is there"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, help="training steps of --part")
-    parser.add_argument("--batch-size", type=int, help="samples or conversations a step of --part")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", default="cuda" if cuda else "cpu")
-    parser.add_argument("--workers", type=int, default=(os.cpu_count() - 2) * cuda)
+    parser.error = lambda message: stop(f"error: {message}")
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("weights/new"), help="the parts' folder (weights/new)")
+    add("--part", choices=list(PARTS), help="make this part only, again if it is there")
+    add("--steps", type=int, help="training steps of --part")
+    add("--batch-size", type=int, help="samples or conversations a step of --part")
+    add("--threads", type=int, default=torch.get_num_threads(), help="of the CPU (all)")
+    add("--device", default="cuda" if cuda else "cpu", help="cpu or cuda (cuda if there is one)")
+    add("--workers", type=int, default=(os.cpu_count() - 2) * cuda, help="that prepare batches")
     args = parser.parse_args()
+    for name, least in (("steps", 1), ("batch_size", 1), ("threads", 1), ("workers", 0)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            flag = name.replace("_", "-")
+            stop(f"error: --{flag} is {value}: it must be at least {least}.")
+    if (args.steps or args.batch_size) and not args.part:
+        stop("error: --steps and --batch-size are of one part: give --part too.")
+    for name in PARTS[args.part].needs if args.part else ():
+        if not (args.out / PARTS[name].file).exists():
+            stop(f"error: --part {args.part} needs {name} in {args.out}: make --part {name} first.")
+    return args
+
+
+def main():
+    args = parse_arguments()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     asked = args.steps, args.batch_size
-    for name, (make, steps, batch_size, made) in PARTS.items():
-        if args.part == name or (args.part is None and not (args.out / made).exists()):
-            args.steps, args.batch_size = asked[0] or steps, asked[1] or batch_size
-            make(args)
+    for name, part in PARTS.items():
+        if args.part == name or (args.part is None and not (args.out / part.file).exists()):
+            args.steps = asked[0] or part.steps
+            args.batch_size = asked[1] or part.batch_size
+            args.out.mkdir(parents=True, exist_ok=True)
+            part.make(args)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        stop("stopped: the same command resumes", 130)
+    except OSError as error:
+        stop(f"error: cannot read or write {error.filename or ''} ({error.strerror or error}).")

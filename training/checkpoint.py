@@ -18,6 +18,8 @@ and end well, for example on a SLURM cluster:
       --max-restarts=3 train.py --size base --out runs/base
 """
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -31,7 +33,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from metaquery import InputError
+from metaquery import InputError, portable
 
 VERIFIED = ("model.safetensors", "training.pt")
 # Settings that may differ when a run is resumed. Any other would make it another run.
@@ -65,7 +67,23 @@ def sync(path):
 
 def settings_of(config, model):
     """What defines a run, as JSON."""
-    return {"train": asdict(config), "model": asdict(model.config)}
+    return {"train": asdict(config), "model": portable(model.config, config.out)}
+
+
+def lock(out):
+    """Make a run's folder and keep every other run out of it; returns the open lock file.
+
+    Raises InputError if a run is using it. The lock ends with the process, however that ends.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = open(out / "run.lock", "a")
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN) and (out / "run.lock").exists():
+            raise InputError(f"a run is using {out}: wait for it, or name another --out.") from None
+        raise
+    return file
 
 
 def save(model, optimizer, schedule, step, out, config):
@@ -137,14 +155,19 @@ def resume(model, optimizer, schedule, out, config):
             print(f"{folder} is corrupt ({str(error).splitlines()[0]})", file=sys.stderr)
     else:
         raise InputError(f"no complete checkpoint in {out}: name another --out to start again.")
-    different = [
-        f"{name} {settings[part].get(name)!r} there, {value!r} here"
+    different = {
+        name: f"{name} {settings[part].get(name)!r} there, {value!r} here"
         for part, values in settings_of(config, model).items()
         for name, value in values.items()
         if name not in MAY_CHANGE and settings[part].get(name) != value
-    ]
+    }
+    if list(different) == ["steps"]:
+        raise InputError(
+            f"{folder} is of a run planned for {settings['train']['steps']} steps, which its "
+            f"learning rate follows: to train on, start a new run: --checkpoint {out} --out OTHER."
+        )
     if different:
-        reason = f"{folder} is of another run ({'; '.join(different)})"
+        reason = f"{folder} is of another run ({'; '.join(different.values())})"
         raise InputError(f"{reason}: choose another --out.")
     model.load_trained_state_dict(weights, folder)
     optimizer.load_state_dict(state["optimizer"])

@@ -95,7 +95,7 @@ class Log:
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        if self.config.device.startswith("cuda"):
+        if torch.cuda.is_initialized():
             memory = torch.cuda.max_memory_allocated()
         entry = {
             "step": result.step,

@@ -13,7 +13,7 @@ import diffusers
 import torch
 import transformers
 
-from data.command_line import stop
+from data.command_line import begin, stop
 from metaquery import Connector, InputError, MetaQueryConfig, caption_width
 
 LLAVA = "llava-hf/llava-onevision-qwen2-0.5b-ov-hf"
@@ -176,7 +176,7 @@ def table(config):
 def main():
     """Print the table of a size, with any field of the config as a flag."""
     parser = transformers.HfArgumentParser(MetaQueryConfig, description=__doc__)
-    parser.error = stop
+    begin(parser)
     parser.add_argument("size", nargs="?", default="tiny", help="tiny, base, large or xlarge")
     names = [field.name for field in fields(MetaQueryConfig)]
     for action in parser._actions:
