@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, check_refused, cli, run
+from conftest import ROOT, TINY, check_refused, cli, environment, run
 from PIL import Image
 
 from metaquery import MetaQuery
@@ -28,35 +28,35 @@ def tiny():
     return MetaQuery.from_pretrained(TINY).eval()
 
 
-COPIED = (
-    "data",
-    "toy",
-    "training",
-    "benchmarks",
-    "weights",
-    "metaquery.py",
-    "sample.py",
-    "train.py",
-)
+COPIED = ("data", "toy", "training", "benchmarks", "weights")
+COPIED += ("metaquery.py", "sample.py", "train.py")
+FEW_STEPS = {"sample.py": " --steps 6", "train.py": " --steps 2 --warmup 1 --batch-size 4"}
 
 
 def test_readme_commands(tmp_path):
-    """The README's commands run in their order, in a fresh copy, with few steps."""
+    """The README's commands run in their order, in a fresh copy, with few steps.
+
+    Left out is what needs the hub or torchrun, and what takes hours.
+    """
     text = (ROOT / "README.md").read_text()
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.S))
     assert "pip install -r requirements.txt && python sample.py" in blocks
     assert "python -m pytest -n 2 --dist loadfile" in text
     for name in COPIED:
         (tmp_path / name).symlink_to(ROOT / name)
+    run_too = 0
     for line in blocks.splitlines():
         line = line.split("&&")[-1].split("#")[0].strip()
-        if not re.match(r"python (sample.py|-m training.sizes)", line):
+        command = re.match(r"python (sample.py|train.py|-m training.sizes)", line)
+        if not command:
             continue
-        line = line.replace("--checkpoint runs/tiny", "")
-        line += "" if "--ask" in line or "training.sizes" in line else " --steps 6"
+        line += "" if "--ask" in line else FEW_STEPS.get(command[1], "")
         line = line.replace("python", sys.executable, 1)
-        done = subprocess.run(line, shell=True, cwd=tmp_path, capture_output=True, text=True)
+        options = {"shell": True, "capture_output": True, "text": True}
+        done = subprocess.run(line, cwd=tmp_path, env=environment(), **options)
         assert done.returncode == 0, (line, done.stderr)
+        run_too += 1
+    assert run_too >= 10
 
 
 def test_readme_python():
@@ -255,42 +255,6 @@ def test_broken_checkpoint_is_one_line(tmp_path, what, words):
     done = cli("a star", "--checkpoint", broken(tmp_path, what), "--out", tmp_path / "x.png")
     check_refused(done, words)
     assert not (tmp_path / "x.png").exists()
-
-
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        ([], "prompt"),
-        (["a star", "--size", "huge"], "tiny"),
-        (["a star", "--size", "base"], "--checkpoint"),
-        (["a star", "--checkpoint", "/nowhere"], "/nowhere"),
-        (["a star", "--steps", "0"], "--steps"),
-        (["a star", "--steps", "many"], "--steps"),
-        (["a star", "--guidance", "-1"], "--guidance"),
-        (["a star", "--guidance", "nan"], "--guidance"),
-        (["a star", "--num-images", "0"], "--num-images"),
-        (["a star", "--out", "/proc/nowhere/x.png"], "--out"),
-        (["a star", "--out", "x.unknown"], "--out"),
-        (["a star", "--device", "abacus"], "device"),
-        (["--prompts", "/nowhere.txt"], "/nowhere.txt"),
-    ],
-)
-def test_bad_input_is_one_line(flags, words):
-    check_refused(cli(*flags), words)
-
-
-def test_bad_prompt_files_name_the_line(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"prompt": "a star"}\n{"prompt": \n')
-    check_refused(cli("--prompts", tmp_path / "a.jsonl"), "line 2")
-    (tmp_path / "b.jsonl").write_text('{"prompt": "a star"}\n\n{"text": "a star"}\n')
-    check_refused(cli("--prompts", tmp_path / "b.jsonl"), "line 3")
-    (tmp_path / "c.txt").write_text("\n\n")
-    check_refused(cli("--prompts", tmp_path / "c.txt"), "empty")
-
-
-def test_long_prompt_warns_and_draws(tmp_path):
-    done = cli("a red star " * 200, "--steps", 2, "--out", tmp_path / "x.png")
-    assert done.returncode == 0 and "256" in done.stderr and (tmp_path / "x.png").exists()
 
 
 def test_same_reads_a_right_picture():

@@ -97,26 +97,3 @@ def test_learning_lowers_the_loss(parts, tmp_path):
     assert done.returncode == 0, done.stderr
     curve = losses(tmp_path)
     assert sum(curve[-8:]) < 0.9 * sum(curve[:8])
-
-
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (["--size", "huge"], "'tiny', 'base'"),
-        (["--size", "huge", "--checkpoint", "weights/tiny"], "'tiny', 'base'"),
-        (["--stage", "dream"], "pretrain"),
-        (["--steps", "0"], "at least 1"),
-        (["--batch-size", "5", "--micro-batch-size", "2"], "multiple of 2"),
-        (["--mllm", "/nowhere/mllm"], "--mllm"),
-        (["--checkpoint", "/nowhere/run"], "/nowhere/run"),
-        (
-            ["--checkpoint", "weights/tiny", "--num-queries", "9"],
-            "incompatible with the config, first queries",
-        ),
-        (["--flag-that-is-not"], "flag"),
-    ],
-)
-def test_bad_input_is_one_line(flags, words, tmp_path):
-    done = run([sys.executable, "train.py", "--out", str(tmp_path), *flags])
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert words in done.stderr.strip().splitlines()[-1]
