@@ -3,20 +3,33 @@
     python -m benchmarks.official geneval --data DIR --out DIR
     torchrun --nproc-per-node=8 -m benchmarks.official geneval --data DIR --out DIR --checkpoint C
 
-Processes share the prompts, and pictures that exist are kept, so the same command resumes. Each
-reader below says which files it reads from --data and which it writes to --out. Their scorers:
+Processes share the prompts, and pictures that exist are kept, so the same command resumes. Guidance
+is what the paper's authors drew with, 30 steps and bfloat16; flags override it.
 
-geneval      python evaluation/evaluate_images.py OUT --outfile r.jsonl --model-path DETECTOR, then
-             evaluation/summary_scores.py r.jsonl (github.com/djghosh13/geneval)
-dpg          python dpg_bench/compute_dpg_bench.py --image-root-path OUT --resolution 512
-             --pic-num 4 (github.com/TencentQQGYLab/ELLA)
-wise         gpt_eval.py on OUT, then Calculate.py (github.com/PKU-YuanGroup/WISE)
-commonsense  its evaluation script on OUT/plain and OUT/negative (CommonsenseT2I on the hub)
-mjhq, coco, imagenet   FID: fid.compute_fid(OUT, REFERENCE) of clean-fid, or fidelity of
-             torch-fidelity, against MJHQ-30K's pictures, COCO's val2014, or the given folder
-dreambench   DINO, CLIP-I and CLIP-T between OUT/SUBJECT/ and the subject's own pictures
+name         --data (upstream's own files)         guidance   scorer
+geneval      prompts/evaluation_metadata.jsonl     7.5        evaluation/evaluate_images.py OUT
+             (djghosh13/geneval)                              --outfile r.jsonl --model-path M, then
+                                                              evaluation/summary_scores.py r.jsonl
+dpg          dpg_bench/prompts/*.txt               7.5        dpg_bench/compute_dpg_bench.py
+             (TencentQQGYLab/ELLA)                            --image-root-path OUT --pic-num 4
+                                                              --resolution SIDE
+wise         WISE_legacy/data (the paper's), or    7.5        WISE_legacy/gpt_eval.py on OUT, then
+             data_verified (corrected later)                  Calculate.py; or vllm_eval.py, then
+             (PKU-YuanGroup/WISE)                             calculate_verified.py
+commonsense  data.json (CommonsenseT2I on the      7.5        evaluate.py --evaluator clip
+             hub; zeyofu/Commonsense-T2I)                     --t2i_model metaquery
+                                                              --use_negative_prompt 0, and 1
+mjhq         meta_data.json (MJHQ-30K)             3.0        benchmarks.scores OUT mjhq30k_imgs
+coco         sayakpaul/coco-30-val-2014, parquet   3.0        benchmarks.scores OUT DATA
+imagenet     a folder of pictures                  3.0, 3.0   benchmarks.scores OUT DATA
+dreambench   dataset/ (google/dreambooth)          3.0, 1.5   DINO and CLIP-I between OUT/SUBJECT
+                                                              and dataset/SUBJECT, CLIP-T with the
+                                                              .txt beside each picture
 
-The paper does not give its guidance for each: the defaults are 3.0 and 1.5 throughout.
+SIDE is the model's own, 512 for the paper's sizes: with another, DPG's scorer reads black tiles.
+For commonsense, OUT is that repository's generated_images. The paper's GenEval figures marked †
+were drawn from rewritten prompts. Verified here: each layout is read back by its scorer's rules in
+tests/test_official.py. Not verified: the scorers' own models, which need a download.
 """
 
 import argparse
@@ -28,6 +41,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 
+from PIL import ImageOps
 from tqdm import tqdm
 
 from data.command_line import (
@@ -39,38 +53,45 @@ from data.command_line import (
     draw,
     errors_in_one_line,
     load_model,
+    stop,
     writable,
 )
-from data.pictures import grid, open_picture, save_picture
-from metaquery import InputError
+from data.pictures import SUFFIXES, grid, open_picture, save_picture
+from metaquery import InputError, to_rgb
 
 
 @dataclass
 class Item:
     """One prompt of a benchmark and the files that its pictures go to, below --out.
 
-    `sheet` is a file for all of them in one 2x2 grid; `notes` are text files to write with them.
+    `sheet` is a file for all `number` of them in one 2x2 grid, `files` are one for each, and
+    `notes` are text files to write with them; `square` is the side that source pictures are cut to.
     """
 
     prompt: str
-    files: list
+    files: list = field(default_factory=list)
+    number: int = 1
     images: list = field(default_factory=list)
     negative_prompt: str = ""
     sheet: str = ""
     notes: dict = field(default_factory=dict)
+    square: int | None = None
+
+    def picture_files(self):
+        """All files of pictures."""
+        return [*self.files, self.sheet] if self.sheet else self.files
 
     def is_in(self, out):
         """Whether all its pictures are in a folder."""
-        files = [*self.files, self.sheet] if self.sheet else self.files
-        return all((out / file).exists() for file in files)
+        return all((out / file).exists() for file in self.picture_files())
 
     def drawn_with(self):
         """What items must agree in to be drawn in one batch."""
-        return len(self.files), self.negative_prompt
+        return self.number, self.negative_prompt
 
 
 def find(data, names):
-    """The first of some files in a folder, or `data` itself where it is a file."""
+    """The first of some files or folders in a folder, or `data` itself where it is a file."""
     if data.is_file():
         return data
     for name in names:
@@ -79,84 +100,98 @@ def find(data, names):
     raise FileNotFoundError(f"no {' or '.join(names)}")
 
 
+def read_text(path):
+    """The text of a file, which is UTF-8 whatever this machine's locale is."""
+    return path.read_text(encoding="utf-8")
+
+
 def geneval(data):
     """evaluation_metadata.jsonl; 00000/metadata.jsonl, samples/0000.png … 0003.png and a grid."""
     path = find(data, ("evaluation_metadata.jsonl", "prompts/evaluation_metadata.jsonl"))
-    for i, line in enumerate(path.read_text().strip().splitlines()):
+    for i, line in enumerate(read_text(path).strip().splitlines()):
         files = [f"{i:05d}/samples/{k:04d}.png" for k in range(4)]
         notes = {f"{i:05d}/metadata.jsonl": line + "\n"}
-        yield Item(json.loads(line)["prompt"], files, sheet=f"{i:05d}/grid.png", notes=notes)
+        sheet = f"{i:05d}/grid.png"
+        yield Item(json.loads(line)["prompt"], files, 4, sheet=sheet, notes=notes)
 
 
 def dpg(data):
     """A folder of prompts, one .txt each; NAME.png, a 2x2 grid of four pictures without a gap."""
-    folder = data / "prompts" if (data / "prompts").is_dir() else data
+    folder = data
+    for name in ("dpg_bench/prompts", "prompts"):
+        folder = data / name if (data / name).is_dir() and folder == data else folder
     for path in sorted(folder.glob("*.txt")):
-        files = [f".parts/{path.stem}-{k}.png" for k in range(4)]
-        yield Item(path.read_text().strip(), files, sheet=f"{path.stem}.png")
+        yield Item(read_text(path).strip(), number=4, sheet=f"{path.stem}.png")
 
 
-def wise(data):
-    """data/*.json, lists of {"Prompt", "prompt_id"}; PROMPT_ID.png."""
-    folder = data / "data" if (data / "data").is_dir() else data
-    rows = [row for path in sorted(folder.glob("*.json")) for row in json.loads(path.read_text())]
-    for row in rows:
-        yield Item(row["Prompt"], [f"{row['prompt_id']}.png"])
+def wise(data, rewrite=False):
+    """WISE_legacy/data or data_verified, *.json of {"Prompt", "prompt_id"}; PROMPT_ID.png.
+
+    merge.json repeats the others; *_rewrite.json hold the same ids with the answer written out, and
+    are drawn instead if `rewrite`.
+    """
+    folder = data
+    for name in ("WISE_legacy/data", "data", "data_verified"):
+        folder = data / name if (data / name).is_dir() and folder == data else folder
+    for path in sorted(folder.glob("*.json")):
+        if path.stem != "merge" and path.stem.endswith("_rewrite") == rewrite:
+            for row in json.loads(read_text(path)):
+                yield Item(row["Prompt"], [f"{row['prompt_id']}.png"])
 
 
 def commonsense(data):
-    """Rows of prompt1, prompt2; INDEX/prompt1_0.png … prompt2_3.png, in plain/ and negative/.
+    """data.json, a list or lines of prompt1, prompt2; metaquery_images/ and metaqueryneg_images/,
+    each with prompt1_img/original/0001-1.jpg … 0001-4.jpg, and prompt2_img.
 
-    In negative/ each prompt of a pair is the other's negative prompt.
+    In metaqueryneg_images/ each prompt of a pair is the other's negative prompt.
     """
-    if data.suffix == ".jsonl":
-        rows = [json.loads(line) for line in data.read_text().strip().splitlines()]
-    elif data.suffix == ".json":
-        rows = json.loads(data.read_text())
-    else:
-        from datasets import load_dataset
-
-        files = [str(path) for path in sorted(data.rglob("*.parquet"))]
-        rows = load_dataset("parquet", data_files=files, split="train")
-    for way in ("plain", "negative"):
-        for i, row in enumerate(rows):
+    text = read_text(find(data, ("data.json", "*.json", "*.jsonl"))).strip()
+    rows = json.loads(text) if text[:1] == "[" else map(json.loads, text.splitlines())
+    rows = list(rows)
+    for folder in ("metaquery_images", "metaqueryneg_images"):
+        for i, row in enumerate(rows, 1):
             for one, other in (("prompt1", "prompt2"), ("prompt2", "prompt1")):
-                files = [f"{way}/{i:03d}/{one}_{k}.png" for k in range(4)]
-                negative = row[other] if way == "negative" else ""
-                yield Item(row[one], files, negative_prompt=negative)
+                place = f"{folder}/{one}_img"
+                files = [f"{place}/original/{i:04d}-{k}.jpg" for k in (1, 2, 3, 4)]
+                negative = row[other] if folder == "metaqueryneg_images" else ""
+                sheet = f"{place}/{i:04d}.jpg"
+                yield Item(row[one], files, 4, negative_prompt=negative, sheet=sheet)
 
 
 def mjhq(data):
     """meta_data.json, {id: {"category", "prompt"}}; CATEGORY/ID.png, for FID to its pictures."""
-    for name, row in json.loads(find(data, ("meta_data.json",)).read_text()).items():
+    for name, row in json.loads(read_text(find(data, ("meta_data.json",)))).items():
         yield Item(row["prompt"], [f"{row['category']}/{name}.png"])
 
 
 def coco(data):
-    """captions_val2014.json; IMAGE_ID.png from each picture's first caption, 30,000 of them."""
-    path = find(data, ("captions_val2014.json", "annotations/captions_val2014.json"))
-    first = {}
-    for row in json.loads(path.read_text())["annotations"]:
-        first.setdefault(row["image_id"], row["caption"])
-    for number in sorted(first)[:30000]:
-        yield Item(first[number], [f"{number:012d}.png"])
+    """Parquet files with a column "caption"; 00000.png … in the order of their rows."""
+    from datasets import load_dataset
+
+    files = [str(path) for path in sorted(data.rglob("*.parquet"))]
+    rows = load_dataset("parquet", data_files=files, split="train").select_columns(["caption"])
+    for i, row in enumerate(rows):
+        yield Item(row["caption"], [f"{i:05d}.png"])
 
 
 def imagenet(data):
-    """A folder of pictures, in folders or not; each reconstructed under the same name, as .png."""
-    kinds = {".jpg", ".jpeg", ".png", ".webp"}
-    for path in sorted(path for path in data.rglob("*") if path.suffix.lower() in kinds):
+    """A folder of pictures, in folders or not; each reconstructed under the same name, as .png.
+
+    The source picture is first cut to a square of 384 pixels, for every backbone.
+    """
+    for path in sorted(path for path in data.rglob("*") if path.suffix.lower() in SUFFIXES):
         name = str(path.relative_to(data).with_suffix(".png"))
-        yield Item("", [name], images=[path])
+        yield Item("", [name], images=[path], square=384)
 
 
 def dreambench(data):
-    """DreamBooth's dataset/; SUBJECT/PROMPT_0.png … 3.png from each subject's first picture.
+    """DreamBooth's dataset/; SUBJECT/PROMPT_0.png … 3.png from each subject's first picture, with
+    the prompt in PROMPT_0.txt … 3.txt.
 
     prompts_and_classes.txt names the classes, then the prompts for objects and for live subjects.
     """
     data = data / "dataset" if (data / "dataset").is_dir() else data
-    text = find(data, ("prompts_and_classes.txt",)).read_text()
+    text = read_text(find(data, ("prompts_and_classes.txt",)))
     names, prompts = text.split("Prompts", 1)
     classes = dict(re.findall(r"^(\w+),([\w ]+)$", names, re.M))
     classes.pop("subject_name", None)
@@ -168,32 +203,35 @@ def dreambench(data):
         for i, prompt in enumerate(live if kind in ("cat", "dog") else objects):
             prompt = prompt.replace("{0} ", "").replace("{1}", kind)
             files = [f"{subject}/{i:02d}_{k}.png" for k in range(4)]
-            yield Item(prompt, files, images=[picture])
+            notes = {f"{subject}/{i:02d}_{k}.txt": prompt + "\n" for k in range(4)}
+            yield Item(prompt, files, 4, images=[picture], notes=notes)
 
 
 @dataclass
 class Benchmark:
-    """How a benchmark's prompts are read: its reader, and what that expects in --data."""
+    """How a benchmark is read and drawn: its reader, what that expects in --data, and guidance."""
 
     read: Callable
     expects: str
+    guidance: float
+    image_guidance: float = 1.5
 
-    def items(self, data):
+    def items(self, data, **options):
         """The items in a folder or file; raises InputError, saying what is expected, if none."""
         try:
-            items = list(self.read(Path(data)))
+            items = list(self.read(Path(data), **options))
         except (OSError, KeyError, ValueError, IndexError, TypeError) as error:
             raise InputError(f"cannot read --data {data} ({error}): {self.expects}.") from None
         if not items:
             raise InputError(f"--data {data} has no prompts: {self.expects}.")
-        check_names([name for item in items for name in (*item.files, item.sheet, *item.notes)])
+        check_names([name for item in items for name in (*item.picture_files(), *item.notes)])
         return items
 
 
 def check_names(names):
     """Raise InputError if a file would lie outside --out, or two would be the same."""
     seen = set()
-    for name in filter(None, names):
+    for name in names:
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or "\0" in name:
             raise InputError(f"{name!r} lies outside --out: correct that id in --data.")
@@ -203,17 +241,15 @@ def check_names(names):
 
 
 OFFICIAL = {
-    "geneval": Benchmark(geneval, "geneval expects prompts/evaluation_metadata.jsonl"),
-    "dpg": Benchmark(dpg, "dpg expects a folder of prompts, one .txt each"),
-    "wise": Benchmark(wise, 'wise expects data/*.json, lists of {"Prompt", "prompt_id"}'),
-    "commonsense": Benchmark(
-        commonsense, 'commonsense expects rows of "prompt1", "prompt2": .json, .jsonl or parquet'
-    ),
-    "mjhq": Benchmark(mjhq, 'mjhq expects meta_data.json, {id: {"category", "prompt"}}'),
-    "coco": Benchmark(coco, "coco expects annotations/captions_val2014.json"),
-    "imagenet": Benchmark(imagenet, "imagenet expects a folder of pictures"),
+    "geneval": Benchmark(geneval, "geneval expects prompts/evaluation_metadata.jsonl", 7.5),
+    "dpg": Benchmark(dpg, "dpg expects a folder of prompts, one .txt each", 7.5),
+    "wise": Benchmark(wise, "wise expects WISE_legacy/data or data_verified, with *.json", 7.5),
+    "commonsense": Benchmark(commonsense, "commonsense expects data.json of its pairs", 7.5),
+    "mjhq": Benchmark(mjhq, 'mjhq expects meta_data.json, {id: {"category", "prompt"}}', 3.0),
+    "coco": Benchmark(coco, 'coco expects parquet files with a column "caption"', 3.0),
+    "imagenet": Benchmark(imagenet, "imagenet expects a folder of pictures", 3.0, 3.0),
     "dreambench": Benchmark(
-        dreambench, "dreambench expects dataset/: prompts_and_classes.txt and a folder a subject"
+        dreambench, "dreambench expects dataset/prompts_and_classes.txt and a folder a subject", 3.0
     ),
 }
 
@@ -222,8 +258,8 @@ def save(item, pictures, out):
     """Write an item's notes, pictures and sheet under `out`, each picture whole or not at all."""
     for name, text in item.notes.items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
-        (out / name).write_text(text)
-    files = dict(zip(item.files, pictures, strict=True))
+        (out / name).write_text(text, encoding="utf-8")
+    files = dict(zip(item.files, pictures, strict=bool(item.files)))
     if item.sheet:
         files[item.sheet] = grid(pictures, 2, gap=0)
     for name, picture in files.items():
@@ -245,7 +281,7 @@ def run(model, items, args):
         # What is drawn together must agree in the number of pictures and the negative prompt.
         for _, group in groupby(missing, lambda place: missing[place].drawn_with()):
             places = list(group)
-            size = max(1, BATCH // len(missing[places[0]].files))
+            size = max(1, BATCH // missing[places[0]].number)
             for start in range(0, len(places), size):
                 batch = {place: missing[place] for place in places[start : start + size]}
                 draw_items(model, batch, args, out, errors)
@@ -261,13 +297,17 @@ def draw_items(model, items, args, out, errors):
     rows = {}
     for place, item in items.items():
         try:
-            rows[place] = (item.prompt, [open_picture(path) for path in item.images])
+            images = [open_picture(path) for path in item.images]
+            if item.square:
+                size = (item.square, item.square)
+                images = [ImageOps.fit(to_rgb(image), size) for image in images]
+            rows[place] = (item.prompt, images)
         except ValueError as error:
             errors.append(str(error))
     if rows:
         item = items[next(iter(rows))]
         seeds = [args.seed + place for place in rows]
-        drawn = draw(model, list(rows.values()), args, seeds, len(item.files), item.negative_prompt)
+        drawn = draw(model, list(rows.values()), args, seeds, item.number, item.negative_prompt)
         for place, pictures in zip(rows, drawn, strict=True):
             save(items[place], pictures, out)
 
@@ -281,12 +321,21 @@ def main():
     parser.add_argument("--data", required=True, help="the benchmark's own prompts or pictures")
     parser.add_argument("--out", help="where the pictures go (samples-NAME)")
     parser.add_argument("--limit", type=int, help="the first N prompts only")
+    parser.add_argument("--rewrite", action="store_true", help="wise: draw the rewritten prompts")
     add_drawing_options(parser)
+    parser.set_defaults(guidance=None, image_guidance=None, dtype="bfloat16")
     args = parser.parse_args()
+    benchmark = OFFICIAL[args.name]
+    if args.rewrite and args.name != "wise":
+        stop("--rewrite is for wise: leave it out.")
+    options = {"rewrite": True} if args.rewrite else {}
+    for flag in ("guidance", "image_guidance"):
+        if getattr(args, flag) is None:
+            setattr(args, flag, getattr(benchmark, flag))
     check_bounds(vars(args), DRAWING_BOUNDS)
     args.out = writable(args.out or f"samples-{args.name}", is_folder=True)
     with errors_in_one_line():
-        items = OFFICIAL[args.name].items(args.data)  # before the model, which takes longer
+        items = benchmark.items(args.data, **options)  # before the model, which takes longer
         run(load_model(args), items, args)
 
 

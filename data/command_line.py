@@ -93,7 +93,7 @@ def check_bounds(values, bounds):
             stop(f"--{flag} is {value}: it must be at least {least:g} and at most {most:g}.")
 
 
-def to_float(text):
+def number(text):
     """A finite number."""
     if not math.isfinite(float(text)):
         raise ValueError
@@ -107,7 +107,7 @@ def parse_data(spec):
         name, equals, weight = part.rpartition("=")
         name = name if equals else part
         try:
-            weight = to_float(weight) if equals else 1.0
+            weight = number(weight) if equals else 1.0
         except ValueError:
             weight = 0
         if not name or weight <= 0:
@@ -220,8 +220,8 @@ def writable(out, is_folder=None):
 
 def not_taken(path):
     """The path, or if it exists "name-1.png", "name-2.png", ...: the first that does not."""
-    free, number = path, 0
+    free, count = path, 0
     while free.exists():
-        number += 1
-        free = path.with_stem(f"{path.stem}-{number}")
+        count += 1
+        free = path.with_stem(f"{path.stem}-{count}")
     return free

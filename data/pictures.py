@@ -7,6 +7,7 @@ from pathlib import Path
 
 from PIL import Image, PngImagePlugin
 
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}  # of the picture files in a folder
 GAP_COLOR = (190, 190, 190)  # between the pictures of a grid: seen beside white and black
 
 
@@ -55,7 +56,7 @@ def save_picture(picture, path, **notes):
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}")
     kind = Image.registered_extensions()[path.suffix.lower()]
-    options = {}
+    options = {"quality": 95} if kind == "JPEG" else {}
     if kind == "PNG":
         options["pnginfo"] = PngImagePlugin.PngInfo()
         for name, text in notes.items():

@@ -14,9 +14,9 @@ from data.command_line import (
     MAX_SEED,
     begin,
     check_bounds,
+    number,
     parse_data,
     stop,
-    to_float,
     writable,
 )
 from data.stages import NEEDS_CHECKPOINT, recipe
@@ -62,7 +62,7 @@ def fields_of(file, name):
     return fields
 
 
-def to_bool(text):
+def true_or_false(text):
     """ "true" or "false" to a bool."""
     return ("false", "true").index(text.lower()) == 1
 
@@ -77,10 +77,10 @@ def add_flag(group, field):
         group.add_argument(flag, choices=choices, **options)
     elif field.type == "bool":
         group.add_argument(
-            flag, nargs="?", const=True, type=to_bool, metavar="true|false", **options
+            flag, nargs="?", const=True, type=true_or_false, metavar="true|false", **options
         )
     else:
-        types = {"int": int, "float": to_float, "str": str}
+        types = {"int": int, "float": number, "str": str}
         group.add_argument(flag, type=types[field.type], metavar=field.type.upper(), **options)
 
 
