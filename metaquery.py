@@ -459,7 +459,10 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
     def encode_latents(self, pixels):
         """Pictures (B, 3, H, W) in [-1, 1] to latents (B, C, h, w), float32: (z − shift)·scale."""
         encoded = self.vae.encode(pixels.to(self.vae.dtype))
-        z = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
+        if hasattr(encoded, "latent"):  # Sana's autoencoder
+            z = encoded.latent
+        else:  # a KL autoencoder encodes to a normal distribution
+            z = encoded.latent_dist.sample() if self.training else encoded.latent_dist.mode()
         return ((z - self.shift) * self.scale).float()
 
     @torch.no_grad()

@@ -44,10 +44,10 @@ from training.checkpoint import lock, resume, save
 from training.kernels import checkpoint_layers, choose_attention
 from training.log import Delayed, Log
 from training.signals import StopSignals
+from training.spikes import SpikeGuard
 
 MIN_LR = 1e-5  # where the cosine ends (§4)
-MAX_GRAD_NORM = 1.0
-MAX_BAD_STEPS = 10  # steps in a row without finite loss or gradient that end a run
+MAX_BAD_STEPS = 10  # skipped steps in a row that end a run
 
 
 @dataclass
@@ -67,6 +67,8 @@ class TrainConfig:
     micro_batch_size: int = 0  # samples a forward pass; 0 is a process's whole share
     lr: float = 1e-3  # the highest learning rate
     warmup: int = 200  # steps to reach it
+    weight_decay: float = 0.01  # of matrices, not of biases, norms or queries
+    max_grad_norm: float = 1.0  # gradients are scaled down to this norm
     seed: int = 0  # of the weights, the data's order and the noise
     save_every: int = 1000  # steps between checkpoints
     keep: int = 2  # checkpoints that are kept
@@ -121,9 +123,14 @@ def build_model(config, changes, device):
     return model
 
 
-def build_optimizer(config, parameters, world):
+def build_optimizer(config, model, world):
     """AdamW and its schedule: warm-up, then a cosine to MIN_LR."""
-    options = {"lr": config.lr, "betas": (0.9, 0.95), "weight_decay": 0.01, "fused": True}
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in trained if p.ndim > 1 and name != "queries"]
+    others = [p for name, p in trained if p.ndim <= 1 or name == "queries"]
+    parameters = [{"params": matrices, "weight_decay": config.weight_decay}]
+    parameters += [{"params": others, "weight_decay": 0.0}]
+    options = {"lr": config.lr, "betas": (0.9, 0.95), "fused": True}
     if config.zero and world > 1:
         optimizer = ZeroRedundancyOptimizer(parameters, torch.optim.AdamW, **options)
     else:
@@ -189,12 +196,13 @@ def train(config, changes):
     torch.manual_seed(config.seed)
     model = build_model(config, changes, device)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer, schedule = build_optimizer(config, parameters, world)
+    optimizer, schedule = build_optimizer(config, model, world)
+    guard = SpikeGuard(device)
     is_toy = config.data == "toy"
     rows = STAGES[config.stage] if is_toy else open_rows(config, config.seed)
     out = Path(config.out)
     locked = lock(out) if rank == 0 else None  # until this function returns
-    first = resume(model, optimizer, schedule, out, config)
+    first = resume(model, optimizer, schedule, guard, out, config)
     wrapped = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
     batches = open_batches(config, rows, Collate(model, config), first, rank, world)
     signals = StopSignals()
@@ -207,12 +215,12 @@ def train(config, changes):
         if result is None:
             return False
         log.write(result)
-        bad_steps = 0 if result.is_finite else bad_steps + 1
+        bad_steps = bad_steps + 1 if result.skipped else 0
         if bad_steps == MAX_BAD_STEPS:
             newest = max(out.glob("step-*"), default="none")
             raise InputError(
-                f"loss or gradient was not finite {bad_steps} times in a row, up to step "
-                f"{result.step}: lower --lr or check the data; the last checkpoint is {newest}."
+                f"loss or gradient was not finite, or a spike, {bad_steps} times in a row, up to "
+                f"step {result.step}: lower --lr or check the data; last checkpoint: {newest}."
             )
         return result.stop_votes > 0
 
@@ -241,15 +249,17 @@ def train(config, changes):
                 dist.all_reduce(stop_votes)
 
             # 4. Update
-            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
-            skip_update(optimizer, ~(loss + grad_norm).isfinite())
+            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+            skipped = guard.is_bad(loss, grad_norm)
+            skip_update(optimizer, skipped)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             schedule.step()
             step += 1
 
             # 5. Log, one step late, and decide whether to end
-            before = delayed.push(step, loss, stop_votes, grad_norm, schedule.get_last_lr()[0])
+            lr = schedule.get_last_lr()[0]
+            before = delayed.push(step, loss, stop_votes, grad_norm, skipped, lr)
             ended = finish(before) or step == config.steps
 
             # 6. Save, and draw some samples
@@ -258,7 +268,7 @@ def train(config, changes):
                 if config.zero and world > 1:
                     optimizer.consolidate_state_dict(0)
                 if rank == 0:
-                    save(model, optimizer, schedule, step, out, config)
+                    save(model, optimizer, schedule, guard, step, out, config)
             if rank == 0 and (ended or step % config.sample_every == 0):
                 draw_samples(model, config.stage, out / "samples" / f"step-{step:08d}.png")
     if rank == 0:
@@ -268,8 +278,8 @@ def train(config, changes):
         dist.destroy_process_group()
 
 
-def main():
-    settings, changes = FLAGS
+def main(flags=None):
+    settings, changes = flags or parse_flags(__doc__)
     config = TrainConfig(**settings)
     if config.steps <= config.warmup and int(os.environ.get("RANK", 0)) == 0:
         short = f"--steps {config.steps} is no more than --warmup {config.warmup}"
@@ -287,4 +297,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(FLAGS)

@@ -101,16 +101,16 @@ def number(text):
 
 
 def parse_data(spec):
-    """[(name, weight)] of --data, "NAME,NAME=WEIGHT,..."; stops if a weight is not positive."""
+    """[(name, weight or None)] of --data, "NAME,NAME=WEIGHT,..."; stops if a weight is not > 0."""
     parts = []
     for part in spec.split(","):
         name, equals, weight = part.rpartition("=")
         name = name if equals else part
         try:
-            weight = number(weight) if equals else 1.0
+            weight = number(weight) if equals else None
         except ValueError:
             weight = 0
-        if not name or weight <= 0:
+        if not name or (weight is not None and weight <= 0):
             stop(f"--data {spec}: {part!r} is not NAME or NAME=WEIGHT with a weight above 0.")
         parts.append((name, weight))
     if "toy" in [name for name, _ in parts] and len(parts) > 1:

@@ -48,6 +48,7 @@ def open_dataset(name, streaming):
             return load_dataset(name, split="train", streaming=streaming)
         for suffix, builder in ((".tar", "webdataset"), (".parquet", "parquet")):
             files = sorted(folder.rglob(f"*{suffix}")) if folder.is_dir() else [folder]
+            files = [file for file in files if file.name.startswith("train")] or files
             if files and files[0].suffix == suffix:
                 files = {"train": whole_shards(files)}
                 return load_dataset(builder, data_files=files, split="train", streaming=streaming)
@@ -119,8 +120,19 @@ def standardize(dataset, name, columns, roles):
 ROLES = {"reconstruct": ("target",), "edit": tuple(COLUMNS), "instruct": tuple(COLUMNS)}
 
 
+def number_of_rows(dataset):
+    """How many rows a dataset has, or None if it is streamed and does not tell."""
+    if hasattr(dataset, "__len__"):
+        return len(dataset)
+    splits = dataset.info.splits or {}
+    return splits["train"].num_examples or None if "train" in splits else None
+
+
 def open_rows(config, seed):
-    """The rows of config.data, "NAME,NAME=WEIGHT,...", standardized and mixed by weight."""
+    """The rows of config.data, "NAME,NAME=WEIGHT,...", standardized and mixed by weight.
+
+    Without any weight they are mixed by their numbers of rows, as by the paper's authors.
+    """
     columns = {role: getattr(config, f"{role}_column") for role in COLUMNS}
     roles = ROLES.get(config.stage, ("text", "target"))
     datasets, weights = [], []
@@ -130,6 +142,11 @@ def open_rows(config, seed):
         weights.append(weight)
     if len(datasets) == 1:
         return datasets[0]
+    if not any(weights):
+        weights = [number_of_rows(dataset) for dataset in datasets]
+        if None in weights:
+            raise InputError(f"--data {config.data}: sizes are unknown: give weights, NAME=WEIGHT.")
+    weights = [weight or 1 for weight in weights]
     shares = list(np.array(weights) / sum(weights))
     return interleave_datasets(datasets, shares, seed, stopping_strategy="all_exhausted")
 
@@ -188,6 +205,17 @@ class OnDisk(Dataset):
         raise too_many_broken()
 
 
+def share_of(rows, share, shares):
+    """One of `shares` parts of a streamed dataset, of whole shards if there are enough of them.
+
+    The library's own split needs shards that divide evenly: otherwise every reader would read all
+    of them and keep one row in `shares`.
+    """
+    if rows.num_shards >= shares:
+        return rows.shard(shares, share, contiguous=False)
+    return split_dataset_by_node(rows, share, shares)
+
+
 def until_broken(rows):
     """The rows of an iterator up to one where reading fails, as it does in a damaged shard."""
     try:
@@ -223,7 +251,7 @@ class Streamed(IterableDataset):
             read_before = read + skipped
             rows = self.rows.shuffle(seed=self.seed + epoch, buffer_size=SHUFFLE_BUFFER)
             # Unlike `__iter__`, `iter` leaves the splitting among workers to us.
-            for columns in until_broken(split_dataset_by_node(rows, share, shares).iter(1)):
+            for columns in until_broken(share_of(rows, share, shares).iter(1)):
                 row = {name: values[0] for name, values in columns.items()}
                 try:
                     coin = random.Random(f"{self.seed} {(share, shares)} {read}").random()

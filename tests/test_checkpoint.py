@@ -235,17 +235,18 @@ def forward(self, *rest, **named):
     calls[0] += 1
     loss = plain(self, *rest, **named)
     wrong = calls[0] in {steps} and os.environ.get("RANK", "0") == "{rank}"
-    return loss * float("nan") if wrong else loss
+    return loss * float("{factor}") if wrong else loss
 metaquery.MetaQuery.forward = forward
 train.main()
 """
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_a_step_without_finite_numbers_is_skipped_by_all(parts, tmp_path, world):
-    """NaN on one rank skips the step everywhere alike, is counted and logged."""
+@pytest.mark.parametrize("world, factor", [(1, "nan"), (2, "nan"), (1, "1e6")])
+def test_a_poisoned_step_is_skipped_by_all(parts, tmp_path, world, factor):
+    """NaN or a spike on one rank skips the step everywhere alike, is counted and logged."""
     script = tmp_path / "wrong.py"
-    script.write_text(WRONG.replace("{steps}", "(3, 4)").replace("{rank}", str(world - 1)))
+    text = WRONG.replace("{steps}", "(3, 4)").replace("{rank}", str(world - 1))
+    script.write_text(text.replace("{factor}", factor))
     made = command(parts, tmp_path / "out", "--steps", 6)[2:]
     done = run([*launcher(world), str(script), *made], PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr
@@ -257,7 +258,8 @@ def test_a_step_without_finite_numbers_is_skipped_by_all(parts, tmp_path, world)
 
 def test_many_wrong_steps_stop_the_run(parts, tmp_path):
     script = tmp_path / "wrong.py"
-    script.write_text(WRONG.replace("{steps}", "range(8, 99)").replace("{rank}", "0"))
+    text = WRONG.replace("{steps}", "range(8, 99)").replace("{rank}", "0")
+    script.write_text(text.replace("{factor}", "nan"))
     made = command(parts, tmp_path / "out")[2:]
     done = run([sys.executable, str(script), *made], PYTHONPATH=str(ROOT))
     last = done.stderr.strip().splitlines()[-1]

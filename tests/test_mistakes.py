@@ -29,7 +29,6 @@ import train
 import training.sizes
 from data.pictures import open_picture, save_picture
 from metaquery import InputError, MetaQuery, to_rgb
-from training.flags import parse_flags
 
 MODULES = {"sample": sample, "official": benchmarks.official, "sizes": training.sizes}
 MODULES |= {"pretrain": toy.pretrain, "train": train}
@@ -51,8 +50,6 @@ def call(monkeypatch, capfd, tmp_path):
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
         code = 0
         try:
-            if name == "train":
-                train.FLAGS = parse_flags(train.__doc__)
             MODULES[name].main()
         except SystemExit as stopped:
             code = stopped.code

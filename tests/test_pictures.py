@@ -151,5 +151,5 @@ def test_a_grid_is_as_square_as_possible():
     pictures = [Image.new("RGB", (8, 6), color) for color in ("red", "green", "blue")]
     sheet = grid(pictures)
     assert sheet.size == (8 + 2 + 8, 6 + 2 + 6)
-    assert sheet.getpixel((0, 8)) == (0, 0, 255) and sheet.getpixel((17, 13)) == (255, 255, 255)
+    assert sheet.getpixel((0, 8)) == (0, 0, 255) and sheet.getpixel((17, 13)) == (190, 190, 190)
     assert grid(pictures, 3, gap=0).size == (24, 6)

@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import shutil
 import sys
 import tarfile
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from conftest import losses, run
 from PIL import Image
 
 from data.batches import open_batches
-from data.sources import open_rows
+from data.sources import open_rows, share_of
 from metaquery import InputError
 
 
@@ -173,6 +174,33 @@ def test_datasets_are_mixed_by_weight(tmp_path, streaming):
     )
     seen = numbers(batches(f"{few},{many}=3", 30, streaming=streaming))
     assert 0.55 < sum(number >= 100 for number in seen) / len(seen) < 0.95
+    shutil.copy(many / "train.parquet", many / "dev.parquet")
+    if streaming:
+        with pytest.raises(InputError, match="NAME=WEIGHT"):
+            batches(f"{few},{many}", 1, streaming=True)
+    else:  # by their sizes, of which the dev split is no part
+        seen = numbers(batches(f"{few},{many}", 60))
+        assert 0.4 < sum(number >= 100 for number in seen) / len(seen) < 0.6
+
+
+@pytest.mark.parametrize("shards, readers", [(5, 4), (7, 3), (9, 8), (2, 4)])
+def test_each_reader_reads_its_share_of_whole_shards(tmp_path, monkeypatch, shards, readers):
+    """All rows are read once in an epoch, and no reader touches over 1.5 times its share."""
+    for shard in range(shards):
+        rows = {"image": [picture(0)] * 8, "caption": [f"no {8 * shard + i}" for i in range(8)]}
+        rows = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+        rows.to_parquet(tmp_path / f"{shard}.parquet")
+    dataset = datasets.load_dataset("parquet", data_dir=str(tmp_path), streaming=True)["train"]
+    read, touched = [], []
+    for reader in range(readers):
+        opened = []
+        part = share_of(dataset.map(lambda row, o=opened: o.append(1) or row), reader, readers)
+        read += [row["caption"] for row in part]
+        touched.append(len(opened))
+    assert sorted(read) == sorted(f"no {i}" for i in range(8 * shards))
+    if shards >= readers:
+        whole_shards = -(-shards // readers)
+        assert max(touched) <= 8 * whole_shards
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -22,11 +22,13 @@ def unknown_words(prompts, vocabulary):
 
 
 def world_words():
-    """Every word of the texts that the toy MLLM learned from, without the system prompt."""
+    """Every word of the texts and requests that the tiny model learned from, but for the system
+    prompt and typing slips."""
     from toy.pretrain_mllm import SYSTEM_PROMPT, world_texts
+    from toy.wordings import trained_words
 
     texts = (text for text in world_texts() if not text.startswith(SYSTEM_PROMPT))
-    return set().union(*map(words_in, texts))
+    return set().union(words_in(trained_words()), *map(words_in, texts))
 
 
 if __name__ == "__main__":

@@ -73,6 +73,13 @@ TYPING_SLIPS = 0.1  # share of the requests with one
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
+def trained_words():
+    """All that requests to train on are made of, as one text without typing slips."""
+    lists = (OPENINGS, VERBS, PICTURES, ENDINGS, OTHER_WAYS, DESCRIBING, JOINTS, GROUNDS, ONLY)
+    texts = [text for words in (*lists, *AMOUNTS.values()) for text in words]
+    return " ".join(texts).replace("{other}", "").replace("{}", "") + " gray"
+
+
 def way_to_ask(rng):
     """A way to ask of those that are trained, with "{}" for what is asked for."""
     if rng.random() < 0.4:

@@ -86,7 +86,7 @@ def lock(out):
     return file
 
 
-def save(model, optimizer, schedule, step, out, config):
+def save(model, optimizer, schedule, guard, step, out, config):
     """Save a step's checkpoint in `out`, link its weights to the top and remove old ones.
 
     Raises InputError if the disk is full; the checkpoints that were there stay complete.
@@ -98,6 +98,7 @@ def save(model, optimizer, schedule, step, out, config):
         "optimizer": optimizer.state_dict(),
         "schedule": schedule.state_dict(),
         "random": torch.get_rng_state(),
+        "means": guard.means.cpu(),
     }
     try:
         shutil.rmtree(aside, ignore_errors=True)
@@ -135,7 +136,7 @@ def read(folder):
     return settings, state, load_file(folder / "model.safetensors")
 
 
-def resume(model, optimizer, schedule, out, config):
+def resume(model, optimizer, schedule, guard, out, config):
     """Resume from the newest complete checkpoint of `out`, or the one of --resume: its step, or 0.
 
     Raises InputError if all are corrupt, or belong to a run with other settings.
@@ -173,4 +174,5 @@ def resume(model, optimizer, schedule, out, config):
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
     torch.set_rng_state(state["random"])
+    guard.means.copy_(state["means"])
     return state["step"]

@@ -28,6 +28,8 @@ BOUNDS = {
     "micro_batch_size": (0, 10**6),
     "lr": (1e-12, 1),
     "warmup": (0, 10**8),
+    "weight_decay": (0, 1),
+    "max_grad_norm": (1e-12, 10**6),
     "seed": (0, MAX_SEED),
     "save_every": (1, 10**8),
     "keep": (1, 10**6),

@@ -20,11 +20,8 @@ class StepResult(NamedTuple):
     loss: float
     stop_votes: int  # processes that were told to stop
     grad_norm: float
+    skipped: bool  # because of a spike, or of numbers that are not finite
     lr: float
-
-    @property
-    def is_finite(self):
-        return math.isfinite(self.loss + self.grad_norm)
 
 
 class Delayed:
@@ -36,10 +33,12 @@ class Delayed:
     def __init__(self):
         self.pending = None
 
-    def push(self, step, loss, stop_votes, grad_norm, lr):
+    def push(self, step, loss, stop_votes, grad_norm, skipped, lr):
         """Take a step's numbers, scalar tensors; returns the `StepResult` before it, or None."""
         before = self.pop()
-        numbers = torch.stack([loss, stop_votes, grad_norm]).to("cpu", non_blocking=True)
+        numbers = torch.stack([loss, stop_votes, grad_norm, skipped.to(loss)]).to(
+            "cpu", non_blocking=True
+        )
         copied = torch.cuda.Event() if loss.is_cuda else None
         if copied:
             copied.record()
@@ -54,8 +53,8 @@ class Delayed:
         self.pending = None
         if copied:
             copied.synchronize()
-        loss, stop_votes, grad_norm = numbers.tolist()
-        return StepResult(step, loss, int(stop_votes), grad_norm, lr)
+        loss, stop_votes, grad_norm, skipped = numbers.tolist()
+        return StepResult(step, loss, int(stop_votes), grad_norm, bool(skipped), lr)
 
 
 class Log:
@@ -83,8 +82,8 @@ class Log:
 
     def write(self, result):
         """A line of log.jsonl, the bar and the board."""
-        self.skipped_steps += not result.is_finite
-        if result.is_finite:
+        self.skipped_steps += result.skipped
+        if not result.skipped:
             before = self.smooth_loss or result.loss
             self.smooth_loss = SMOOTHING * before + (1 - SMOOTHING) * result.loss
         if self.quiet:
