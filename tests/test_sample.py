@@ -21,7 +21,6 @@ from toy.scene import COLORS, SHAPES, Goal, GoalObject, random_scene, render, sc
 from toy.talk import Talk, unseen_question
 from toy.tasks import KINDS, SIX_KINDS, task
 from toy.vocabulary import words_in
-from toy.wordings import trained_words
 from toy.words import NUMBERS, describe
 
 
@@ -174,7 +173,6 @@ def test_no_word_of_the_toy_world_is_unknown():
     known = set((TINY / "mllm" / "vocabulary.txt").read_text().split())
     kinds = [kind for kind in KINDS if kind != "free wordings"]  # which holds typing slips
     prompts = [task(kind, i, split="test").prompt for kind in kinds for i in range(100)]
-    prompts.append(trained_words())
     assert not words_in(" ".join(prompts)) - known
 
 
