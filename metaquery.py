@@ -126,8 +126,10 @@ def prepare_inputs(processor, mllm_config, prompts, images=None, system=SYSTEM_P
     if not any(images):
         return tokenizer(texts, **options)
     if system and mllm_config.model_type == "llava_onevision":
-        square = (mllm_config.vision_config.image_size,) * 2  # short side resized, centre cropped
-        images = [[ImageOps.fit(picture, square) for picture in row] for row in images]
+        # Short side resized (bilinear, antialiased, as in the authors' code), centre cropped.
+        fit = partial(ImageOps.fit, method=Image.Resampling.BILINEAR)
+        square = (mllm_config.vision_config.image_size,) * 2
+        images = [[fit(picture, square) for picture in row] for row in images]
     elif system:
         options["size"] = QWEN_PIXELS
     return processor(text=texts, images=images, **options)
