@@ -270,7 +270,7 @@ def test_many_wrong_steps_stop_the_run(parts, tmp_path):
 def test_a_rank_that_dies_takes_the_job_down(parts, tmp_path):
     script = tmp_path / "dies.py"
     script.write_text(
-        WRONG.replace('float("nan")', "os._exit(7)")
+        WRONG.replace('float("{factor}")', "os._exit(7)")
         .replace("{steps}", "(3,)")
         .replace("{rank}", "1")
     )
@@ -286,7 +286,7 @@ def test_torchrun_starts_a_dead_rank_again(parts, tmp_path):
     script, once = tmp_path / "dies.py", tmp_path / "once"
     dying = f"(os.path.exists({str(once)!r}) or open({str(once)!r}, 'x') and os._exit(7))"
     script.write_text(
-        WRONG.replace('float("nan")', dying).replace("{steps}", "(8,)").replace("{rank}", "1")
+        WRONG.replace('float("{factor}")', dying).replace("{steps}", "(8,)").replace("{rank}", "1")
     )
     made = command(parts, tmp_path / "out", "--steps", 12)[2:]
     done = run([*launcher(2), "--max-restarts=1", str(script), *made], PYTHONPATH=str(ROOT))

@@ -1,6 +1,6 @@
 """What must not change when code moves: samples, conversations, and the shipped weights' pictures.
 
-`python -m tests.test_pinned` writes the pinned pictures again, for new weights.
+`PYTHONPATH=. python tests/test_pinned.py` writes the pinned pictures again, for new weights.
 """
 
 import hashlib
