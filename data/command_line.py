@@ -36,8 +36,8 @@ def begin(parser):
     """Set up a command: Ctrl-C, bad flags and warnings each print one line; adds --version."""
 
     def interrupted(number, frame):
-        print("stopped", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        print("stopped", file=sys.stderr, flush=True)
+        os._exit(INTERRUPTED)  # an exception could be swallowed by the library that it interrupts
 
     def show_warning(message, category, file, *place):
         if "site-packages" not in file:  # a library's warnings are for us, not for its user
