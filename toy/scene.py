@@ -266,6 +266,15 @@ def free_places(scene):
     return [place for place in LAYOUTS[layout_of(scene)].places if place not in taken]
 
 
+def roomy_places(scene):
+    """The places, of any layout, at least 22 pixels from every object of a scene."""
+    return [
+        place
+        for place, (x, y) in PLACES.items()
+        if all((item.x - x) ** 2 + (item.y - y) ** 2 >= 22**2 for item in scene.objects)
+    ]
+
+
 def near(rng, place):
     """A random point (x, y) within 2 pixels of a named place, along each axis."""
     x, y = PLACES[place]

@@ -266,6 +266,7 @@ class Choice:
     item: Object  # the object to change
     it: str | None  # words for that object and no other of the scene; None where there are none
     new: Pair
+    free: tuple[str, ...]  # the places to add or to move an object to
 
 
 def _replaced(scene, old, new=()):
@@ -297,11 +298,13 @@ def reshape(rng, choice):
 
 def add(rng, choice):
     """ "put a blue circle on the left"."""
-    free = world.free_places(choice.scene)
-    if not free:
+    if not choice.free:
         return None
-    place = rng.choice(free)
-    added = place_objects(rng, [choice.new], world.layout_of(choice.scene), [place]).objects
+    place = rng.choice(choice.free)
+    layout = world.layout_of(choice.scene)
+    if place not in world.LAYOUTS[layout].places:
+        layout = "corners"  # of small objects
+    added = place_objects(rng, [choice.new], layout, [place]).objects
     verb = rng.choice(("add", "put", "place", "draw"))
     words = f"{verb} {with_article(_name(choice.new))} {WHERE[place]}"
     return words, _replaced(choice.scene, [], added)
@@ -317,10 +320,9 @@ def remove(rng, choice):
 
 def move(rng, choice):
     """ "move the star to the top left"."""
-    free = world.free_places(choice.scene)
-    if choice.it is None or not free:
+    if choice.it is None or not choice.free:
         return None
-    place = rng.choice(free)
+    place = rng.choice(choice.free)
     verb = rng.choice(("move", "shift", "put"))
     words = f"{verb} {choice.it} {WHERE[place] if verb == 'put' else f'to the {place}'}"
     x, y = world.near(rng, place)
@@ -360,12 +362,30 @@ def edit(rng, least=1):
     while True:
         scene = world.random_scene(rng, least=least)
         item = scene.objects[rng.randrange(len(scene.objects))]
-        edited = make_edit(rng, Choice(scene, item, refer(rng, scene, item), random_pair(rng)))
+        free = world.free_places(scene)
+        choice = Choice(scene, item, refer(rng, scene, item), random_pair(rng), free)
+        edited = make_edit(rng, choice)
         if edited is not None:
             words, target = edited
             pairs = {(o.color, o.shape) for o in target.objects if o.pattern == "plain"}
             if not pairs & world.HELD_OUT:
                 return _draw_as_it_is(words, target, [scene], exact=True)
+
+
+def free_edit(rng):
+    """A picture and "add a green cross at the top": to any place with room, in any layout."""
+    make_edit = rng.choice((add, move))
+    while True:
+        scene = world.random_scene(rng, least=rng.choice((1, 2, 2)))
+        item = rng.choice(scene.objects)
+        others = scene if make_edit is add else _replaced(scene, [item])
+        free = [p for p in world.roomy_places(others) if p != world.place_of(item)]
+        choice = Choice(scene, item, refer(rng, scene, item), random_pair(rng), free)
+        edited = make_edit(rng, choice)
+        if edited is not None:
+            made = _draw_as_it_is(*edited, [scene], exact=True)
+            if world.score(made.picture, made.goal):  # nothing is hidden behind another object
+                return made
 
 
 def subjects(rng, number):
@@ -472,6 +492,7 @@ MAKERS = {
     "held-out": partial(one_object, coloured=True, held_out=True),
     "two colours": two_colours,
     "free wordings": free_wording,
+    "free edit": free_edit,
 }
 KINDS = tuple(MAKERS)
 SIX_KINDS = ("single object", "two objects", "counting", "colors", "position", "attribution")
@@ -479,7 +500,7 @@ SIX_KINDS = ("single object", "two objects", "counting", "colors", "position", "
 TEXT_KINDS = (*SIX_KINDS, "dense", "knowledge", "commonsense", "held-out")
 TEXT_KINDS += ("two colours", "free wordings")
 PICTURE_KINDS = ("reconstruction", "edit", "one subject", "two subjects", "three subjects")
-PICTURE_KINDS += ("association",)
+PICTURE_KINDS += ("association", "free edit")
 # The kinds that captions are trained on, with weights.
 CAPTION_KINDS = {"single object": 2, "colors": 3, "two objects": 2, "counting": 3}
 CAPTION_KINDS |= {"position": 4, "attribution": 3, "dense": 4}
