@@ -56,9 +56,7 @@ def fit(name, modules, make_batch, loss_of, lr, args, evaluate=None, steps=None,
     resumes.
     """
     steps, device = steps or args.steps, torch.device(args.device)
-    # On a CPU the fused attention kernel's backward pass is slower than the plain one's;
-    # on a GPU, cuDNN's takes a second to plan for each new length of text.
-    torch.backends.cuda.enable_flash_sdp(device.type != "cpu")
+    # On a GPU, cuDNN's attention takes a second to plan for each new length of text.
     torch.backends.cuda.enable_cudnn_sdp(False)
     model = torch.nn.ModuleList(modules).to(device)
     for parameter in model.parameters():

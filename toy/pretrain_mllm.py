@@ -346,8 +346,10 @@ def talk_loss(language, embedding, input_ids, labels, place, seen):
     hidden = language(
         inputs_embeds=states, attention_mask={"full_attention": None}, use_cache=False
     ).last_hidden_state
-    logits = F.linear(hidden[:, :-1], embedding.weight)
-    return F.cross_entropy(logits.float().flatten(0, 1), labels[:, 1:].flatten())
+    wanted = labels[:, 1:]
+    spoken = hidden[:, :-1][wanted >= 0]  # (T, d): only the assistant's words need logits
+    logits = F.linear(spoken, embedding.weight)
+    return F.cross_entropy(logits.float(), wanted[wanted >= 0])
 
 
 @torch.no_grad()
