@@ -52,7 +52,7 @@ def fit(name, modules, make_batch, loss_of, lr, args, evaluate=None, steps=None,
 
     make_batch(rng) makes a dict of tensors; encode(batch), run without gradient, may replace it;
     loss_of(batch) is minimized. evaluate() returns a dict for the log. steps: args.steps by
-    default. Every 500 steps the state is saved in `args.out/name.resume`, where the next call
+    default. Every 250 steps the state is saved in `args.out/name.resume`, where the next call
     resumes.
     """
     steps, device = steps or args.steps, torch.device(args.device)
@@ -76,7 +76,7 @@ def fit(name, modules, make_batch, loss_of, lr, args, evaluate=None, steps=None,
     loader = DataLoader(batches, None, sampler=range(first_step, steps), **options)
     bar = tqdm(loader, name, initial=first_step, total=steps, mininterval=10)
     for step, batch in enumerate(bar, first_step):
-        if step > first_step and step % 500 == 0:
+        if step > first_step and step % 250 == 0:
             state = {"step": step, "model": model.state_dict()}
             state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
             torch.save(state, resume_file.with_suffix(".part"))

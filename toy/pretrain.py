@@ -189,8 +189,8 @@ class Part(NamedTuple):
 PARTS = {
     "vae": Part(train_vae, 5500, 32, "diffusion/vae/config.json"),
     "vision": Part(train_vision, 3000, 64, "vision/config.json"),
-    "llm": Part(train_llm, 1800, 16, "llm/config.json"),
-    "mllm": Part(train_mllm, 3000, 16, "mllm/config.json", ("vision", "llm")),
+    "llm": Part(train_llm, 8000, 32, "llm/config.json"),
+    "mllm": Part(train_mllm, 3000, 32, "mllm/config.json", ("vision", "llm")),
     "diffusion": Part(
         train_diffusion, 5500, 32, "diffusion/transformer/config.json", ("vae", "llm")
     ),
