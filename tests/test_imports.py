@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # Each room may import those before it.
-ROOMS = ("metaquery", "toy", "data", "training", "benchmarks")
+ROOMS = ("metaquery", "toy", "data", "training", "benchmarks", "notebooks")
 COMMANDS = ("train", "sample", "app")
 FILES = sorted(
     path

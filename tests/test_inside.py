@@ -1,0 +1,44 @@
+"""The attention maps of the notebooks and of the page."""
+
+import pytest
+import torch
+
+from notebooks.inside import attention_maps
+
+
+@pytest.mark.parametrize("mllm", ("llava", "qwen", "qwen-vl"))
+def test_maps_hold_each_querys_attention_to_the_prompt(build, mllm):
+    model = build(mllm)
+    maps, tokens = attention_maps(model, "a red star")
+    assert maps.shape == (2, 4, 5, len(tokens))
+    assert "".join(tokens).replace("Ġ", " ").count("a red star") == 1
+    # Query i sees the prompt and queries 0 to i, so what it gives the prompt is less than 1.
+    given = maps.sum(-1)
+    assert (given > 0).all() and (given < 1).all()
+
+
+def test_a_map_is_softmax_of_query_times_key(build):
+    model = build("qwen")
+    inputs = model.prepare_inputs(["a red star"])
+    words = model.mllm.get_input_embeddings()(inputs["input_ids"])
+    states = torch.cat([words, model.queries[None]], 1)  # (1, T + N, d)
+    backbone = model.mllm.model
+    layer = backbone.layers[0]
+    normed = layer.input_layernorm(states)
+    q = layer.self_attn.q_proj(normed).unflatten(-1, (4, -1)).transpose(1, 2)
+    k = layer.self_attn.k_proj(normed).unflatten(-1, (2, -1)).transpose(1, 2)
+    places = torch.arange(states.shape[1])[None]
+    cos, sin = backbone.rotary_emb(states, places)
+    half = q.shape[-1] // 2
+    turn = lambda x: x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin  # noqa: E731
+    scores = turn(q) @ turn(k.repeat_interleave(2, 1)).mT * q.shape[-1] ** -0.5
+    weights = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf).softmax(-1)
+    maps, tokens = attention_maps(model, "a red star")
+    torch.testing.assert_close(maps[0], weights[0, :, len(tokens) :, : len(tokens)])
+
+
+def test_the_faster_attention_is_back_afterwards(build):
+    model = build("llava")
+    before = model.mllm.model.language_model.config._attn_implementation
+    attention_maps(model, "a red star")
+    assert model.mllm.model.language_model.config._attn_implementation == before != "eager"
