@@ -380,6 +380,7 @@ def free_edit(rng):
         item = rng.choice(scene.objects)
         others = scene if make_edit is add else _replaced(scene, [item])
         free = [p for p in world.roomy_places(others) if p != world.place_of(item)]
+        free = free if len(others.objects) < 4 else []
         choice = Choice(scene, item, refer(rng, scene, item), random_pair(rng), free)
         edited = make_edit(rng, choice)
         if edited is not None:
