@@ -34,3 +34,23 @@ def attention_maps(model, prompt, images=()):
             hook.remove()
     stacked = torch.cat([maps[number] for number in range(len(maps))])  # (layers, heads, N, T + N)
     return stacked[..., : len(tokens)].float(), tokens
+
+
+def read_out(states, labels, train):
+    """How well labels can be read from states by a linear map: the share right on unseen rows.
+
+    states (B, n); labels, B values of any kind. The first `train` rows fit the map, by least
+    squares with a small penalty on its weights (ridge regression); the rest test it.
+    """
+    values = sorted(set(labels), key=str)
+    classes = torch.tensor([values.index(label) for label in labels])  # (B,)
+    wanted = torch.nn.functional.one_hot(classes).double()  # (B, values)
+    x = states.double()
+    x = (x - x[:train].mean(0)) / (x[:train].std(0) + 1e-6)  # (B, n)
+    x = torch.cat([x, x.new_ones(len(x), 1)], 1)  # and a constant
+    known, unseen = x[:train], x[train:]
+    # The weights are Xᵀ(XXᵀ + λ)⁻¹Y: with fewer rows than columns this inverts the smaller matrix.
+    penalty = 0.1 * train * torch.eye(train, dtype=x.dtype)
+    solved = torch.linalg.solve(known @ known.T + penalty, wanted[:train])  # (train, values)
+    guessed = (unseen @ (known.T @ solved)).argmax(-1)
+    return (guessed == classes[train:]).double().mean().item()

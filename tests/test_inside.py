@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from notebooks.inside import attention_maps
+from notebooks.inside import attention_maps, read_out
 
 
 @pytest.mark.parametrize("mllm", ("llava", "qwen", "qwen-vl"))
@@ -42,3 +42,28 @@ def test_the_faster_attention_is_back_afterwards(build):
     before = model.mllm.model.language_model.config._attn_implementation
     attention_maps(model, "a red star")
     assert model.mllm.model.language_model.config._attn_implementation == before != "eager"
+
+
+@pytest.mark.parametrize("width", (8, 400))  # fewer columns than rows, and more
+def test_read_out_finds_what_is_linear_and_guesses_what_is_not_there(width):
+    draw = torch.Generator().manual_seed(0)
+    states = torch.randn(600, width, generator=draw)
+    bits = torch.randint(2, (600,), generator=draw)
+    states[:, :8] += 2 * bits[:, None]
+    labels = ["left" if bit else "right" for bit in bits]
+    assert read_out(states, labels, 300) > 0.95
+    unrelated = torch.randint(4, (600,), generator=draw).tolist()
+    assert read_out(states, unrelated, 300) < 0.35
+
+
+def test_read_out_is_ridge_regression():
+    draw = torch.Generator().manual_seed(0)
+    states = torch.randn(50, 3, generator=draw, dtype=torch.float64)
+    labels = torch.randint(2, (50,), generator=draw)
+    x = (states - states[:40].mean(0)) / (states[:40].std(0) + 1e-6)
+    x = torch.cat([x, x.new_ones(50, 1)], 1)
+    wanted = torch.nn.functional.one_hot(labels[:40]).double()
+    gram = x[:40].T @ x[:40] + 4 * torch.eye(4)  # XᵀX + λ, λ = 0.1 · 40
+    guessed = (x[40:] @ torch.linalg.solve(gram.double(), x[:40].T @ wanted)).argmax(-1)
+    share = (guessed == labels[40:]).double().mean().item()
+    assert read_out(states, labels.tolist(), 40) == pytest.approx(share)
