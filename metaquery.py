@@ -60,7 +60,8 @@ class MetaQueryConfig:
 
     def __post_init__(self):
         for field in fields(self):
-            value, allowed = getattr(self, field.name), get_args(field.type)
+            value = getattr(self, field.name)
+            allowed = get_args(field.type)
             if allowed and value not in allowed:
                 raise InputError(f"unknown {field.name} {value!r}: choose one of {allowed}.")
             if not allowed and type(value) is not field.type:
@@ -118,18 +119,17 @@ def prepare_inputs(processor, mllm_config, prompts, images=None, system=SYSTEM_P
         raise InputError("this MLLM reads text only: use LLaVA-OneVision or Qwen2.5-VL.")
     if max(map(len, images)) > MAX_PICTURES:
         raise InputError(f"too many pictures for one prompt: give at most {MAX_PICTURES}.")
-    texts = [clean_prompt(tokenizer, prompt) for prompt in prompts]
-    rows = zip(texts, images, strict=True)
-    chats = [conversation(text, len(row), system, takes_images) for text, row in rows]
+    chats = [
+        conversation(clean_prompt(tokenizer, prompt), len(row), system, takes_images)
+        for prompt, row in zip(prompts, images, strict=True)
+    ]
     texts = processor.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
     options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
     if not any(images):
         return tokenizer(texts, **options)
     if system and mllm_config.model_type == "llava_onevision":
-        # Short side resized (bilinear, antialiased, as in the authors' code), centre cropped.
-        fit = partial(ImageOps.fit, method=Image.Resampling.BILINEAR)
         square = (mllm_config.vision_config.image_size,) * 2
-        images = [[fit(picture, square) for picture in row] for row in images]
+        images = [[resize_and_crop(picture, square) for picture in row] for row in images]
     elif system:
         options["size"] = QWEN_PIXELS
     return processor(text=texts, images=images, **options)
@@ -141,8 +141,7 @@ def picture_lists(prompts, images):
     images = [None] * len(prompts) if images is None else list(images)
     if len(prompts) == 1 and images and all(isinstance(row, Image.Image) for row in images):
         images = [images]
-    images = [[row] if isinstance(row, Image.Image) else row for row in images]
-    images = [[] if row is None else row for row in images]
+    images = [[row] if isinstance(row, Image.Image) else row or [] for row in images]
     if len(images) != len(prompts):
         raise InputError(f"{len(images)} lists of images for {len(prompts)} prompts: give as many.")
     for row in images:
@@ -188,6 +187,11 @@ def to_rgb(picture):
     longest = MAX_ASPECT_RATIO * min(picture.size)
     size = [min(side, longest) for side in picture.size]
     return ImageOps.fit(picture.convert("RGB"), size)  # crops what is too long, and only that
+
+
+def resize_and_crop(picture, size):
+    """A PIL image resized (bilinear, antialiased, as in the authors' code) and centre-cropped."""
+    return ImageOps.fit(to_rgb(picture), size, Image.Resampling.BILINEAR)
 
 
 def black_like(pictures):
@@ -355,8 +359,7 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
         full_mask = torch.cat([mask, mask.new_ones(queries.shape[:2])], 1)  # (B, T + N)
         steps = 1 + torch.arange(queries.shape[1], device=mask.device)  # (N,)
         positions = positions.amax(-1, keepdim=True) + steps  # (B, N) or (3, B, N)
-        cache = prompt.past_key_values
-        outputs = backbone(inputs_embeds=queries, past_key_values=cache, attention_mask=full_mask,
+        outputs = backbone(inputs_embeds=queries, cache=prompt.cache, attention_mask=full_mask,
                            position_ids=positions, use_cache=True)  # fmt: skip
         hidden = outputs.last_hidden_state.to(self.connector.norm.weight.dtype)  # (B, N, d)
         return self.connector(hidden), None
@@ -442,10 +445,8 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
             if callback:
                 callback()
         if not x.isfinite().all():
-            cause = (
-                "lower guidance_scale; if it is low, the weights hold values that are not finite"
-            )
-            raise InputError(f"the drawing is not finite: {cause}.")
+            todo = "lower guidance_scale, or check that all weights are finite"
+            raise InputError(f"the drawing is not finite: {todo}.")
         return self.decode_latents(x)
 
     @torch.no_grad()
@@ -491,7 +492,9 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
         self.load_state_dict(state, strict=False)
 
     def _save_pretrained(self, folder):  # called by save_pretrained(folder) and push_to_hub(id)
-        save_checkpoint(self, folder)
+        text = json.dumps(portable(self.config, folder), indent=2)
+        (folder / "config.json").write_text(text + "\n")
+        save_file(self.trained_state_dict(), folder / "model.safetensors", {"format": "pt"})
 
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32, **changes):
@@ -514,27 +517,26 @@ def loading(name, flag):
     except InputError:
         raise
     except Exception as error:  # a corrupt file may raise any: of safetensors, of tokenizers, ...
-        what = f"cannot load {name} ({(str(error).strip() or repr(error)).splitlines()[0]})"
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
         todo = f"go online (log in if the model is gated), or name another hub id or folder: {flag}"
-        raise InputError(f"{what}: {todo}.") from None
+        raise InputError(f"cannot load {name} ({reason}): {todo}.") from None
 
 
 def load_mllm(config, dtype):
     """(MLLM in evaluation mode, its processor; a text-only MLLM's tokenizer)."""
-    name, auto = config.mllm, transformers
+    name = config.mllm
+    auto_class = transformers.AutoModelForCausalLM
     with loading(name, "--mllm"):
-        if hasattr(auto.AutoConfig.from_pretrained(name), "vision_config"):
-            model, processor = auto.AutoModelForImageTextToText, auto.AutoProcessor
-        else:
-            model, processor = auto.AutoModelForCausalLM, auto.AutoTokenizer
-        processor = processor.from_pretrained(name)
-        tokenizer = getattr(processor, "tokenizer", processor)
+        if hasattr(transformers.AutoConfig.from_pretrained(name), "vision_config"):
+            auto_class = transformers.AutoModelForImageTextToText
+        processor = transformers.AutoProcessor.from_pretrained(name)
         if not processor.chat_template:
             todo = "copy chat_template.jinja of its Instruct version into the folder"
             raise InputError(f"{name} has no chat template: {todo}, or choose another --mllm.")
+        tokenizer = getattr(processor, "tokenizer", processor)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         dtype = torch.float32 if config.train_mllm else dtype
-        return model.from_pretrained(name, dtype=dtype).eval(), processor
+        return auto_class.from_pretrained(name, dtype=dtype).eval(), processor
 
 
 def load_diffusion(config, dtype):
@@ -560,18 +562,10 @@ def portable(config, folder):
     values = asdict(config)
     for name in ("mllm", "diffusion"):
         path = Path(values[name]).resolve()
-        for base in (Path(folder).resolve(), HERE):
-            if path.exists() and path.is_relative_to(base):
-                values[name] = str(path.relative_to(base))
-                break
+        bases = [base for base in (Path(folder).resolve(), HERE) if path.is_relative_to(base)]
+        if path.exists() and bases:
+            values[name] = str(path.relative_to(bases[0]))
     return values
-
-
-def save_checkpoint(model, folder):
-    """Write what was trained to model.safetensors; config.json names the frozen parts."""
-    text = json.dumps(portable(model.config, folder), indent=2)
-    (folder / "config.json").write_text(text + "\n")
-    save_file(model.trained_state_dict(), folder / "model.safetensors", {"format": "pt"})
 
 
 def load_checkpoint(folder, dtype, changes):

@@ -6,11 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
 from data.sources import OnDisk, Row, Streamed
-from metaquery import drop_conditions, to_rgb
+from metaquery import drop_conditions, resize_and_crop
 from toy.tasks import task
 
 # What tells a run to finish its step, save and end.
@@ -60,8 +59,7 @@ def noise_of(indices, shape, seed):
 def to_pixels(pictures, resolution):
     """PIL pictures, centre-cropped, as (B, 3, resolution, resolution) float32 in [-1, 1]."""
     size = (resolution, resolution)
-    bilinear = Image.Resampling.BILINEAR  # antialiased, as in the authors' code
-    arrays = [np.asarray(ImageOps.fit(to_rgb(picture), size, bilinear)) for picture in pictures]
+    arrays = [np.asarray(resize_and_crop(picture, size)) for picture in pictures]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 

@@ -1,7 +1,6 @@
 """The tiny world's frozen parts: how the toy MLLM is taught is how it is used."""
 
 import random
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ import torch.nn.functional as F
 from transformers import AutoProcessor, LlavaOnevisionForConditionalGeneration
 
 from metaquery import TINY
-from toy.fit import fit
+from toy.fit import Run, fit
 from toy.pretrain_mllm import lay_out, put, scenes_to_tower, talk_loss, talk_texts
 from toy.scene import random_scene, read, render
 from toy.talk import TALKS, account, talks
@@ -52,7 +51,7 @@ def test_pictures_are_laid_out_as_the_real_class_does(tiny, sort):
 def test_each_step_begins_from_zero_gradients(monkeypatch, tmp_path):
     """A step's gradients are its batch's own, not added to those of the steps before."""
     model = torch.nn.Linear(1, 1, bias=False)
-    args = SimpleNamespace(out=tmp_path, device="cpu", workers=0, steps=3)
+    run = Run(tmp_path, steps=3, batch_size=1)
     expected, found = [], []
 
     def make_batch(rng):
@@ -66,7 +65,7 @@ def test_each_step_begins_from_zero_gradients(monkeypatch, tmp_path):
         found.extend(parameter.grad.item() for parameter in parameters)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", record)
-    fit("line", [model], make_batch, loss_of, 1e-2, args)
+    fit("line", [model], make_batch, loss_of, 1e-2, run)
     assert len(found) == 3 and found == pytest.approx(expected, rel=0.01)
 
 

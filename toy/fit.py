@@ -3,6 +3,8 @@
 import json
 import math
 import random
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +18,17 @@ def pictures_to_tensor(pictures):
     """PIL pictures of one size to (B, 3, H, W) float32 in [-1, 1]."""
     stacked = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
     return stacked.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+@dataclass
+class Run:
+    """How a part is trained, and where it is saved."""
+
+    out: Path  # the folder of all parts
+    steps: int
+    batch_size: int  # samples or conversations a step
+    device: str = "cpu"
+    workers: int = 0  # processes that prepare batches; 0 is in the training process
 
 
 class Batches(Dataset):
@@ -47,15 +60,16 @@ def make_optimizers(model, lr):
     return optimizers
 
 
-def fit(name, modules, make_batch, loss_of, lr, args, evaluate=None, steps=None, encode=None):
-    """Train `modules` on args.device: 5% warm-up, then a cosine down to zero.
+def fit(name, modules, make_batch, loss_of, lr, run, evaluate=None, steps=None, encode=None):
+    """Train `modules` on run.device: 5% warm-up, then a cosine down to zero.
 
     make_batch(rng) makes a dict of tensors; encode(batch), run without gradient, may replace it;
-    loss_of(batch) is minimized. evaluate() returns a dict for the log. steps: args.steps by
-    default. Every 250 steps the state is saved in `args.out/name.resume`, where the next call
+    loss_of(batch) is minimized. evaluate() returns a dict for the log. steps: run.steps by
+    default. Every 250 steps the state is saved in `run.out/name.resume`, where the next call
     resumes.
     """
-    steps, device = steps or args.steps, torch.device(args.device)
+    steps = steps or run.steps
+    device = torch.device(run.device)
     # On a GPU, cuDNN's attention takes a second to plan for each new length of text.
     torch.backends.cuda.enable_cudnn_sdp(False)
     model = torch.nn.ModuleList(modules).to(device)
@@ -63,15 +77,17 @@ def fit(name, modules, make_batch, loss_of, lr, args, evaluate=None, steps=None,
         if parameter.requires_grad:  # gradients laid out as the weights: the shipped parts' bits
             parameter.grad = torch.zeros_like(parameter)
     optimizers = make_optimizers(model, lr)
-    resume_file, first_step, mean_loss = args.out / f"{name}.resume", 0, None
+    resume_file = run.out / f"{name}.resume"
+    first_step = 0
+    mean_loss = None
     if resume_file.exists():
         state = torch.load(resume_file, weights_only=True)
         model.load_state_dict(state["model"])
         for optimizer, optimizer_state in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(optimizer_state)
         first_step = state["step"]
-    options = {"num_workers": args.workers, "pin_memory": device.type == "cuda"}
-    options["multiprocessing_context"] = "fork" if args.workers else None
+    options = {"num_workers": run.workers, "pin_memory": device.type == "cuda"}
+    options["multiprocessing_context"] = "fork" if run.workers else None
     batches = Batches(make_batch, name)
     loader = DataLoader(batches, None, sampler=range(first_step, steps), **options)
     bar = tqdm(loader, name, initial=first_step, total=steps, mininterval=10)

@@ -30,13 +30,13 @@ from torchvision.utils import save_image
 from transformers import AutoProcessor, Qwen2ForCausalLM
 
 from metaquery import conversation, to_device
-from toy.fit import fit, pictures_to_tensor
+from toy.fit import Run, fit, pictures_to_tensor
 from toy.pretrain_mllm import chat, train_llm, train_mllm, train_vision
 from toy.scene import random_scene, read, render, score
 from toy.tasks import CAPTION_KINDS, SIX_KINDS, task
 
 
-def train_vae(args):
+def train_vae(run):
     """A DC-AE: 64x64x3 to 8x8x8, plain L1 + L2."""
     channels = (32, 32, 64, 128)
     vae = AutoencoderDC(
@@ -53,7 +53,7 @@ def train_vae(args):
     ).to(memory_format=torch.channels_last)
 
     def make(rng):
-        scenes = [random_scene(rng, patterns=0.3, held_out=0.08) for _ in range(args.batch_size)]
+        scenes = [random_scene(rng, patterns=0.3, held_out=0.08) for _ in range(run.batch_size)]
         return {"pixels": pictures_to_tensor([render(scene) for scene in scenes])}
 
     def loss_of(batch):
@@ -64,7 +64,7 @@ def train_vae(args):
     @torch.no_grad()
     def evaluate():
         scenes = [random_scene(random.Random(f"test {i}"), 0.2, 0.08) for i in range(200)]
-        pixels = pictures_to_tensor([render(s) for s in scenes]).to(vae.device)
+        pixels = pictures_to_tensor([render(scene) for scene in scenes]).to(vae.device)
         latents = vae.encode(pixels).latent
         pixels = vae.decode(latents).sample.clamp(-1, 1)
         vae.register_to_config(scaling_factor=1 / latents.std().item())
@@ -72,18 +72,18 @@ def train_vae(args):
         right = [same(scene, redraw) for scene, redraw in zip(scenes, redrawn, strict=True)]
         return {"readable": sum(right) / len(right)}
 
-    fit("vae", [vae], make, loss_of, 2e-3, args, evaluate)
-    vae.to(torch.bfloat16).save_pretrained(args.out / "diffusion" / "vae")
+    fit("vae", [vae], make, loss_of, 2e-3, run, evaluate)
+    vae.to(torch.bfloat16).save_pretrained(run.out / "diffusion" / "vae")
 
 
 def same(scene, array):
     """Whether a picture (H, W, 3) of uint8 reads as exactly the objects of `scene`."""
     seen, clear = read(Image.fromarray(array))
-    what = [
-        sorted(str((o.shape, o.color, o.pattern, o.inner)) for o in s.objects)
-        for s in (scene, seen)
-    ]
-    return clear and what[0] == what[1] and seen.background == scene.background
+    there, drawn = (
+        sorted(str((item.shape, item.color, item.pattern, item.inner)) for item in each.objects)
+        for each in (scene, seen)
+    )
+    return clear and there == drawn and seen.background == scene.background
 
 
 def caption_inputs(tokenizer, prompts):
@@ -99,11 +99,11 @@ def caption_states(language, skip, input_ids, attention_mask):
     return states[:, skip:].float(), attention_mask[:, skip:]
 
 
-def train_diffusion(args):
+def train_diffusion(run):
     """A toy Sana on captions alone: 8x8 latents, 6 layers, 192 wide, flow matching."""
-    tokenizer = AutoProcessor.from_pretrained(args.out / "mllm").tokenizer
-    language = Qwen2ForCausalLM.from_pretrained(args.out / "llm").eval().to(args.device)
-    vae = AutoencoderDC.from_pretrained(args.out / "diffusion" / "vae").eval().to(args.device)
+    tokenizer = AutoProcessor.from_pretrained(run.out / "mllm").tokenizer
+    language = Qwen2ForCausalLM.from_pretrained(run.out / "llm").eval().to(run.device)
+    vae = AutoencoderDC.from_pretrained(run.out / "diffusion" / "vae").eval().to(run.device)
     skip = len(tokenizer(chat(tokenizer, conversation("")[:1], False))["input_ids"])
     sana = SanaTransformer2DModel(
         in_channels=8,
@@ -126,10 +126,10 @@ def train_diffusion(args):
     )
 
     def make(rng):
-        kinds = rng.choices(list(CAPTION_KINDS), list(CAPTION_KINDS.values()), k=args.batch_size)
-        made = [task(kind, rng.randrange(1 << 40), "sana") for kind in kinds]
-        prompts = ["" if rng.random() < 0.1 else s.prompt for s in made]
-        pixels = pictures_to_tensor([s.picture for s in made])
+        kinds = rng.choices(list(CAPTION_KINDS), list(CAPTION_KINDS.values()), k=run.batch_size)
+        tasks = [task(kind, rng.randrange(1 << 40), "sana") for kind in kinds]
+        prompts = ["" if rng.random() < 0.1 else each.prompt for each in tasks]
+        pixels = pictures_to_tensor([each.picture for each in tasks])
         return {"pixels": pixels, **caption_inputs(tokenizer, prompts)}
 
     def loss_of(batch):
@@ -146,34 +146,33 @@ def train_diffusion(args):
     def evaluate(number=16):
         right, drawn = {}, []
         for kind in (*SIX_KINDS, "dense", "held-out"):
-            made = [task(kind, i, split="test") for i in range(number)]
-            inputs = caption_inputs(tokenizer, [""] * number + [s.prompt for s in made])
-            states, mask = caption_states(language, skip, **to_device(inputs, args.device))
+            tasks = [task(kind, i, split="test") for i in range(number)]
+            inputs = caption_inputs(tokenizer, [""] * number + [each.prompt for each in tasks])
+            states, mask = caption_states(language, skip, **to_device(inputs, run.device))
             scheduler.set_timesteps(20)
-            z = torch.randn(number, 8, 8, 8, device=args.device)
+            z = torch.randn(number, 8, 8, 8, device=run.device)
             for t in scheduler.timesteps:
-                two, times = z.repeat(2, 1, 1, 1), t.expand(2 * number).to(args.device)
-                with torch.autocast(args.device, torch.bfloat16):
+                two, times = z.repeat(2, 1, 1, 1), t.expand(2 * number).to(run.device)
+                with torch.autocast(run.device, torch.bfloat16):
                     v = sana(two, states, times, encoder_attention_mask=mask).sample
                 free, asked = v.float().chunk(2)
                 z = scheduler.step(free + 3 * (asked - free), t, z).prev_sample
             pixels = vae.decode(z / vae.config.scaling_factor).sample.clamp(-1, 1)
             arrays = ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
             pictures = [Image.fromarray(array) for array in arrays]
-            right[kind] = (
-                sum(score(p, s.goal) for p, s in zip(pictures, made, strict=True)) / number
-            )
+            cases = zip(pictures, tasks, strict=True)
+            right[kind] = sum(score(picture, each.goal) for picture, each in cases) / number
             drawn += pixels[:8].float().cpu()
-        save_image(drawn, args.out / "diffusion.png", nrow=8, normalize=True, value_range=(-1, 1))
+        save_image(drawn, run.out / "diffusion.png", nrow=8, normalize=True, value_range=(-1, 1))
         return right
 
-    fit("diffusion", [sana], make, loss_of, 1e-3, args, evaluate)
-    sana.to(torch.bfloat16).save_pretrained(args.out / "diffusion" / "transformer")
-    scheduler.save_pretrained(args.out / "diffusion" / "scheduler")
+    fit("diffusion", [sana], make, loss_of, 1e-3, run, evaluate)
+    sana.to(torch.bfloat16).save_pretrained(run.out / "diffusion" / "transformer")
+    scheduler.save_pretrained(run.out / "diffusion" / "scheduler")
     parts = {"transformer": sana, "vae": vae, "scheduler": scheduler}
     index = {"_class_name": "SanaPipeline", "_diffusers_version": diffusers_version}
     index |= {name: ["diffusers", type(part).__name__] for name, part in parts.items()}
-    (args.out / "diffusion" / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (run.out / "diffusion" / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 class Part(NamedTuple):
@@ -235,13 +234,12 @@ def main():
     args = parse_arguments()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    asked = args.steps, args.batch_size
     for name, part in PARTS.items():
         if args.part == name or (args.part is None and not (args.out / part.file).exists()):
-            args.steps = asked[0] or part.steps
-            args.batch_size = asked[1] or part.batch_size
             args.out.mkdir(parents=True, exist_ok=True)
-            part.make(args)
+            steps = args.steps or part.steps
+            batch_size = args.batch_size or part.batch_size
+            part.make(Run(args.out, steps, batch_size, args.device, args.workers))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Make the toy MLLM: vision tower, tokenizer, language model, LLaVA-OneVision."""
 
 import random
+from collections import Counter
 from functools import partial
 
 import numpy as np
@@ -44,6 +45,8 @@ from toy.scene import (
 )
 from toy.talk import TALKS, Talk, question, talks
 from toy.tasks import task
+from toy.vocabulary import FILE, words_in
+from toy.wordings import trained_words
 from toy.words import describe
 
 VISION_SIZE, VISION_PATCH = 60, 12
@@ -90,7 +93,7 @@ def patch_words(scene):
     The patch at an object's centre names the object and its place, all others the background.
     The last three say how far (x, y) is from that place and the size from 28, in pixels / 8.
     """
-    made = np.zeros((SIDE * SIDE, len(EYE_WORDS) + 3), np.float32)
+    rows = np.zeros((SIDE * SIDE, len(EYE_WORDS) + 3), np.float32)
     groups = [("background", scene.background)] * SIDE * SIDE
     for patch, item in zip(centre_patches(scene), scene.objects, strict=True):
         place = place_of(item)
@@ -98,11 +101,11 @@ def patch_words(scene):
         second = (f"{item.inner}'",) * (item.inner is not None)
         groups[patch] = (item.color, item.shape, *kind, *second, *place.split())
         x, y = PLACES[place]
-        made[patch, -3:] = (item.x - x) / 8, (item.y - y) / 8, (item.size - 28) / 8
-    for row, group in zip(made, groups, strict=True):
+        rows[patch, -3:] = (item.x - x) / 8, (item.y - y) / 8, (item.size - 28) / 8
+    for row, group in zip(rows, groups, strict=True):
         for word in group:
             row[EYE_WORDS.index(word)] += len(group) ** -0.5
-    return made
+    return rows
 
 
 def words_to_vectors(rows, embeddings, tokenizer):
@@ -126,7 +129,7 @@ def scenes_to_tower(scenes):
     return F.interpolate(pixels, VISION_SIZE, mode="bicubic", antialias=True)
 
 
-def train_vision(args):
+def train_vision(run):
     """A SigLIP vision transformer, taught shape, colours, pattern and place patch by patch."""
     tower = SiglipVisionModel(
         SiglipVisionConfig(
@@ -142,7 +145,7 @@ def train_vision(args):
     head = torch.nn.Linear(192, 7 + 9 + 9 + 3 + 3 + 1)
 
     def make(rng):
-        scenes = [random_scene(rng, patterns=0.25) for _ in range(args.batch_size)]
+        scenes = [random_scene(rng, patterns=0.25) for _ in range(run.batch_size)]
         labels = np.stack([patch_labels(scene) for scene in scenes])
         return {"pixels": scenes_to_tower(scenes), "labels": torch.from_numpy(labels).flatten(0, 1)}
 
@@ -166,8 +169,8 @@ def train_vision(args):
     def evaluate():
         return {"patch shapes": round(accuracy[0].item(), 4)}
 
-    fit("vision", [tower, head], make, loss_of, 1e-3, args, evaluate)
-    tower.save_pretrained(args.out / "vision")
+    fit("vision", [tower, head], make, loss_of, 1e-3, run, evaluate)
+    tower.save_pretrained(run.out / "vision")
 
 
 CHAT_TEMPLATE = """{%- for message in messages -%}
@@ -232,6 +235,16 @@ def world_texts():
     for turn in (turn for sort in sorts for turn in talks(rng, sort)):
         yield f" {turn.user} {turn.assistant}\n{turn.user}\n{turn.assistant}"
     yield from [f"{SYSTEM_PROMPT} system user assistant"] * 100
+
+
+def world_words():
+    """Every word that the toy MLLM learns from, but for the system prompt and typing slips."""
+    counts = Counter()
+    for text in world_texts():
+        if not text.startswith(SYSTEM_PROMPT):
+            counts.update(words_in(text))
+    often = {word for word, count in counts.items() if count >= 8}  # any one slip is rarer
+    return often | words_in(trained_words())
 
 
 def language_config(tokenizer, **changes):
@@ -312,14 +325,14 @@ def put(states, place):
     return torch.cat([states.new_zeros(1, states.shape[-1]), states])[place]
 
 
-def talk_batch(rng, args, processor, picture):
+def talk_batch(rng, run, processor, picture):
     """Conversations of one sort: tokens, labels on the assistant's words, and pictures.
 
     "pictures" holds what `picture` makes of their scenes.
     """
-    tokenizer, multiple = processor.tokenizer, 128 if args.device == "cuda" else 8
+    tokenizer, multiple = processor.tokenizer, 128 if run.device == "cuda" else 8
     sort = rng.choices(list(TALKS), list(TALKS.values()))[0]
-    texts, scenes = talk_texts(tokenizer, [talks(rng, sort) for _ in range(args.batch_size)])
+    texts, scenes = talk_texts(tokenizer, [talks(rng, sort) for _ in range(run.batch_size)])
     inputs = lay_out(processor, texts, scenes, multiple)
     ids = inputs["input_ids"]
     before, end = tokenizer("<|im_start|>assistant\n")["input_ids"], tokenizer.eos_token_id
@@ -369,9 +382,9 @@ def answers(model, processor, turns, words_only=False):
         inputs = to_device(processor(text=texts, images=images, **options), model.device)
     else:
         inputs = to_device(tokenizer(texts, **options), model.device)
-    made = model.generate(**inputs, max_new_tokens=64, do_sample=False)
+    tokens = model.generate(**inputs, max_new_tokens=64, do_sample=False)
     before = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
-    return processor.batch_decode(made[:, before:], skip_special_tokens=True)
+    return processor.batch_decode(tokens[:, before:], skip_special_tokens=True)
 
 
 def examine(model, processor, words_only=False, number=100):
@@ -384,25 +397,26 @@ def examine(model, processor, words_only=False, number=100):
     }
     kinds = ("position", "dense", "knowledge", "edit", "one subject", "two subjects", "association")
     for kind in kinds:
-        made = [task(kind, i, split="test") for i in range(number // 2)]
-        groups[kind] = [Talk(s.prompt, s.plain, s.sources, True) for s in made]
+        tasks = [task(kind, i, split="test") for i in range(number // 2)]
+        groups[kind] = [Talk(each.prompt, each.plain, each.sources, True) for each in tasks]
     shares = {}
     for name, asked in groups.items():
         said = answers(model, processor, asked, words_only)
-        right = [a == t.assistant for a, t in zip(said, asked, strict=True)]
+        right = [text == turn.assistant for text, turn in zip(said, asked, strict=True)]
         shares[name] = round(sum(right) / len(right), 3)
     return shares
 
 
-def train_llm(args):
+def train_llm(run):
     """A toy Qwen2 that restates prompts, knows the world's facts and speaks ChatML.
 
     It talks of pictures too, which it is given as words, patch by patch: what it learns so is what
     it needs when a projector gives it real pictures in the same words.
     """
     processor = make_processor(make_tokenizer(world_texts()), VISION_SIZE, VISION_PATCH)
-    processor.save_pretrained(args.out / "mllm")
-    processor = AutoProcessor.from_pretrained(args.out / "mllm")
+    processor.save_pretrained(run.out / "mllm")
+    (run.out / "mllm" / FILE).write_text("\n".join(sorted(world_words())) + "\n")
+    processor = AutoProcessor.from_pretrained(run.out / "mllm")
     model = Qwen2ForCausalLM(language_config(processor.tokenizer))
     embedding = model.model.embed_tokens
 
@@ -413,16 +427,16 @@ def train_llm(args):
     def loss_of(batch):
         return talk_loss(model.model, embedding, **batch)
 
-    make = partial(talk_batch, args=args, processor=processor, picture=imagined)
+    make = partial(talk_batch, run=run, processor=processor, picture=imagined)
     evaluate = partial(examine, model, processor, True)
-    fit("llm", [model], make, loss_of, 3e-3, args, evaluate, encode=encode)
+    fit("llm", [model], make, loss_of, 3e-3, run, evaluate, encode=encode)
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
-    model.save_pretrained(args.out / "llm")
+    model.save_pretrained(run.out / "llm")
 
 
-def align(model, tokenizer, args):
+def align(model, tokenizer, run):
     """Teach the projector to give each patch the embedding of the words for what it shows."""
-    embeddings = model.get_input_embeddings().weight.detach().to(args.device)
+    embeddings = model.get_input_embeddings().weight.detach().to(run.device)
     tower, projector = model.model.vision_tower, model.model.multi_modal_projector
 
     def make(rng):
@@ -436,19 +450,19 @@ def align(model, tokenizer, args):
         wanted = words_to_vectors(batch["rows"], embeddings, tokenizer)
         return F.mse_loss(projector(states).float(), wanted) / embeddings.var()
 
-    tower.to(args.device)
-    fit("align", [projector], make, loss_of, 3e-3, args, steps=600)
+    tower.to(run.device)
+    fit("align", [projector], make, loss_of, 3e-3, run, steps=600)
 
 
-def train_mllm(args):
+def train_mllm(run):
     """LLaVA-OneVision of tower and language model, which goes on talking, now of real pictures.
 
     The tower stays as it is. The projector learns each patch's words, then stays as it is too:
     trained on, it drifts away from the words and the language model no longer reads it.
     """
-    processor = AutoProcessor.from_pretrained(args.out / "mllm")
-    tower = SiglipVisionModel.from_pretrained(args.out / "vision")
-    language = Qwen2ForCausalLM.from_pretrained(args.out / "llm")
+    processor = AutoProcessor.from_pretrained(run.out / "mllm")
+    tower = SiglipVisionModel.from_pretrained(run.out / "vision")
+    language = Qwen2ForCausalLM.from_pretrained(run.out / "llm")
     config = LlavaOnevisionConfig(
         vision_config=tower.config,
         text_config=language.config,
@@ -464,8 +478,8 @@ def train_mllm(args):
     model.model.vision_tower.requires_grad_(False)
     model.model.language_model.load_state_dict(language.model.state_dict())
     torch.nn.init.zeros_(model.model.image_newline)
-    if not (args.out / "mllm.resume").exists():
-        align(model, processor.tokenizer, args)
+    if not (run.out / "mllm.resume").exists():
+        align(model, processor.tokenizer, run)
     model.model.multi_modal_projector.requires_grad_(False)
     eye, projector = model.model.vision_tower, model.model.multi_modal_projector
 
@@ -480,10 +494,10 @@ def train_mllm(args):
     def loss_of(batch):
         return talk_loss(model.model.language_model, model.get_input_embeddings(), **batch)
 
-    make = partial(talk_batch, args=args, processor=processor, picture=picture)
+    make = partial(talk_batch, run=run, processor=processor, picture=picture)
     model.model.image_newline.requires_grad_(False)
     evaluate = partial(examine, model, processor)
-    fit("mllm", [model], make, loss_of, 1e-3, args, evaluate, encode=encode)
+    fit("mllm", [model], make, loss_of, 1e-3, run, evaluate, encode=encode)
     model.generation_config.eos_token_id = config.eos_token_id
     model.generation_config.pad_token_id = config.pad_token_id
-    model.to(torch.bfloat16).save_pretrained(args.out / "mllm")
+    model.to(torch.bfloat16).save_pretrained(run.out / "mllm")

@@ -15,6 +15,7 @@ from functools import partial
 from toy import scene as world
 from toy import wordings
 from toy import words as vocabulary
+from toy.edits import EDITS, Choice, add, move, replaced
 from toy.scene import Goal, GoalObject, Object, Pair, Scene, place_objects, random_pair, render
 from toy.words import RELATIONS, SIDES, WHERE, counted, describe, plural, refer, with_article
 
@@ -258,104 +259,6 @@ def reconstruction(rng, least=1):
     return _draw_as_it_is("", scene, [scene], exact=True)
 
 
-@dataclass(frozen=True)
-class Choice:
-    """What is drawn before an edit, of which it uses what it needs."""
-
-    scene: Scene
-    item: Object  # the object to change
-    it: str | None  # words for that object and no other of the scene; None where there are none
-    new: Pair
-    free: tuple[str, ...]  # the places to add or to move an object to
-
-
-def _replaced(scene, old, new=()):
-    """The scene without the objects `old`, and with the objects `new`."""
-    kept = [item for item in scene.objects if item not in old]
-    return replace(scene, objects=(*kept, *new))
-
-
-def recolour(rng, choice):
-    """ "paint the star blue"."""
-    item, color = choice.item, choice.new.color
-    if choice.it is None or color == item.color:
-        return None
-    ways = ["make {} {}", "paint {} {}", "turn {} {}", "change the colour of {} to {}"]
-    ways += ["change the color of {} to {}", "recolour {} to {}"]
-    words = rng.choice(ways).format(choice.it, color)
-    return words, _replaced(choice.scene, [item], [replace(item, color=color)])
-
-
-def reshape(rng, choice):
-    """ "turn the red star into a circle"."""
-    item, shape = choice.item, choice.new.shape
-    if choice.it is None or shape == item.shape:
-        return None
-    ways = ("turn {} into {}", "change {} into {}", "make {} {}", "replace {} with {}")
-    words = rng.choice(ways).format(choice.it, with_article(shape))
-    return words, _replaced(choice.scene, [item], [replace(item, shape=shape)])
-
-
-def add(rng, choice):
-    """ "put a blue circle on the left"."""
-    if not choice.free:
-        return None
-    place = rng.choice(choice.free)
-    layout = world.layout_of(choice.scene)
-    if place not in world.LAYOUTS[layout].places:
-        layout = "corners"  # of small objects
-    added = place_objects(rng, [choice.new], layout, [place]).objects
-    verb = rng.choice(("add", "put", "place", "draw"))
-    words = f"{verb} {with_article(_name(choice.new))} {WHERE[place]}"
-    return words, _replaced(choice.scene, [], added)
-
-
-def remove(rng, choice):
-    """ "take away the cross"."""
-    if choice.it is None or len(choice.scene.objects) == 1:
-        return None
-    verb = rng.choice(("remove", "delete", "take away", "erase", "get rid of"))
-    return f"{verb} {choice.it}", _replaced(choice.scene, [choice.item])
-
-
-def move(rng, choice):
-    """ "move the star to the top left"."""
-    if choice.it is None or not choice.free:
-        return None
-    place = rng.choice(choice.free)
-    verb = rng.choice(("move", "shift", "put"))
-    words = f"{verb} {choice.it} {WHERE[place] if verb == 'put' else f'to the {place}'}"
-    x, y = world.near(rng, place)
-    return words, _replaced(choice.scene, [choice.item], [replace(choice.item, x=x, y=y)])
-
-
-def swap(rng, choice):
-    """ "swap the star and the blue circle"."""
-    scene, item = choice.scene, choice.item
-    if choice.it is None or len(scene.objects) == 1:
-        return None
-    other = rng.choice([other for other in scene.objects if other != item])
-    name = refer(rng, scene, other)
-    if name is None or (other.shape, other.color) == (item.shape, item.color):
-        return None
-    ways = ("swap {} and {}", "exchange {} and {}", "let {} and {} change places")
-    words = rng.choice(ways).format(choice.it, name)
-    swapped = [replace(item, x=other.x, y=other.y), replace(other, x=item.x, y=item.y)]
-    return words, _replaced(scene, [item, other], swapped)
-
-
-def background(rng, choice):
-    """ "make the background grey"."""
-    ground = rng.choice([name for name in world.BACKGROUNDS if name != choice.scene.background])
-    ways = ["make the background {}", "change the background to {}", "set the background to {}"]
-    ways += ["put it all on a {} background"]
-    return rng.choice(ways).format(ground), replace(choice.scene, background=ground)
-
-
-# Each returns (instruction, edited scene), or None where it does not suit the scene.
-EDITS = {make.__name__: make for make in (recolour, reshape, add, remove, move, swap, background)}
-
-
 def edit(rng, least=1):
     """A picture and "make the star green": all that is not named stays. `least`: fewest objects."""
     make_edit = EDITS[rng.choice(tuple(EDITS))]
@@ -378,7 +281,7 @@ def free_edit(rng):
     while True:
         scene = world.random_scene(rng, least=rng.choice((1, 2, 2)))
         item = rng.choice(scene.objects)
-        others = scene if make_edit is add else _replaced(scene, [item])
+        others = scene if make_edit is add else replaced(scene, [item])
         free = [p for p in world.roomy_places(others) if p != world.place_of(item)]
         free = free if len(others.objects) < 4 else []
         choice = Choice(scene, item, refer(rng, scene, item), random_pair(rng), free)

@@ -1,13 +1,8 @@
-"""The words of the toy world, so that a user can be told which words the tiny model never saw.
-
-python -m toy.vocabulary weights/tiny/mllm      writes vocabulary.txt into that MLLM's folder
-"""
+"""The words that a toy MLLM learned from, so that a user can be told which ones it never saw."""
 
 import re
-import sys
-from pathlib import Path
 
-FILE = "vocabulary.txt"
+FILE = "vocabulary.txt"  # in the MLLM's folder, written by toy.pretrain
 
 
 def words_in(text):
@@ -19,17 +14,3 @@ def unknown_words(prompts, vocabulary):
     """The prompts' words that are not in a vocabulary file, sorted."""
     known = set(vocabulary.read_text(encoding="utf-8").split())
     return sorted(words_in(" ".join(prompts)) - known)
-
-
-def world_words():
-    """Every word of the texts and requests that the tiny model learned from, but for the system
-    prompt and typing slips."""
-    from toy.pretrain_mllm import SYSTEM_PROMPT, world_texts
-    from toy.wordings import trained_words
-
-    texts = (text for text in world_texts() if not text.startswith(SYSTEM_PROMPT))
-    return set().union(words_in(trained_words()), *map(words_in, texts))
-
-
-if __name__ == "__main__":
-    (Path(sys.argv[1]) / FILE).write_text("\n".join(sorted(world_words())) + "\n")

@@ -96,18 +96,18 @@ class Recomputed:
     def __call__(self, *inputs, **options):
         if not torch.is_grad_enabled():
             return self.forward(*inputs, **options)
-        cached = options.get("past_key_values") is not None
+        cached = options.get("cache") is not None
         run = self.with_restored_cache if cached else self.forward
         return checkpoint(run, *inputs, use_reentrant=False, **options)
 
-    def with_restored_cache(self, *inputs, past_key_values, **options):
+    def with_restored_cache(self, *inputs, cache, **options):
         """The forward pass, which appends to the cache; then the cache as it was, for the next."""
-        cache = past_key_values.layers[self.index]
-        before = cache.keys, cache.values
+        own = cache.layers[self.index]
+        before = own.keys, own.values
         try:
-            return self.forward(*inputs, past_key_values=past_key_values, **options)
+            return self.forward(*inputs, cache=cache, **options)
         finally:  # recomputing ends by an exception once all that is needed is there
-            cache.keys, cache.values = before
+            own.keys, own.values = before
 
 
 class InPieces:
