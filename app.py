@@ -16,6 +16,7 @@ from toy.vocabulary import FILE, unknown_words
 BUTTONS = {"draw": "Draw", "edit": "Edit", "reconstruct": "Reconstruct"}  # for each mode
 BUTTONS |= {"subjects": "Draw these subjects", "ask": "Ask"}
 CSS = "#out img {image-rendering: pixelated; width: 100%; height: 100%; object-fit: contain}"
+CSS += ".thumbs {border: 1px solid #e4e4e7 !important} .thumbs .grid-wrap {margin-top: 26px}"
 
 
 def parse_arguments():
@@ -83,8 +84,8 @@ def make_page(model, args):
         sources = parts.more_sources(mode, files, drawn[event.index])
         return "edit" if mode == "draw" else mode, sources
 
-    small = {"height": 130, "columns": 6, "fit_columns": False, "allow_preview": False}
-    small |= {"format": "png", "type": "filepath"}
+    small = {"height": 150, "columns": 6, "fit_columns": False, "allow_preview": False}
+    small |= {"format": "png", "type": "filepath", "elem_classes": "thumbs"}
     with gr.Blocks(title="MetaQuery", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         gr.Markdown("# MetaQuery\nLearnable queries, read by a frozen multimodal LLM, draw.")
         with gr.Row():
@@ -112,9 +113,7 @@ def make_page(model, args):
                         answer = gr.Textbox(label="Answer", visible=False, elem_id="answer")
                     with gr.Tab("Inside", id=1) as tab:
                         maps = gr.HTML()
-                drawn = gr.Gallery(
-                    label="Drawn before: click one to use it", interactive=False, **small
-                )
+                drawn = gr.Gallery(label="Drawn before: click to use", interactive=False, **small)
         if card.exists():
             with gr.Accordion("What it knows", open=False):
                 gr.Markdown(card.read_text().partition("## What it knows")[2].partition("\n## ")[0])
@@ -138,10 +137,9 @@ def main():
         page = make_page(command_line.load_model(args), args)
     from gradio.themes import Default
 
-    theme = Default(font="system-ui", font_mono="monospace")  # loads no font from elsewhere
-    options = {"theme": theme, "css": CSS, "quiet": True, "prevent_thread_lock": True}
+    look = {"css": CSS, "theme": Default(font="system-ui", font_mono="monospace")}  # fonts at hand
     try:
-        _, url, _ = page.launch(server_port=args.port, **options)
+        _, url, _ = page.launch(server_port=args.port, prevent_thread_lock=True, quiet=True, **look)
     except OSError:
         command_line.stop(f"no port {args.port or ''} is free: choose another --port.")
     print(f"open {url}", flush=True)

@@ -32,9 +32,10 @@ EXAMPLES = (  # mode, prompt, source pictures; the shipped weights draw each of 
     ("ask", "how many stars?", (PAIR,)),
 )
 WORKER = ThreadPoolExecutor(1)  # models are not thread-safe: this one thread runs them
-STYLE = """<style>.maps table, .maps tr, .maps th, .maps td {border: 0 !important; padding: 1px 3px}
+STYLE = """<style>.maps table, .maps tr, .maps th, .maps td {border: 0 !important}
 .maps table {width: 100%; table-layout: fixed} .maps th {font: 12px system-ui; text-align: center}
-.maps td {height: 13px; background-clip: content-box} .maps h4 {margin: 14px 0 6px}
+.maps th, .maps td {padding: 1px 3px !important} .maps td {background-clip: content-box}
+.maps h4 {margin: 14px 0 6px}
 .maps div {display: grid; grid-template-columns: repeat(8, 1fr); gap: 6px}
 .maps figure {margin: 0; font: 11px system-ui; text-align: center}
 .maps img {width: 100%; margin: 0; border-radius: 4px}</style>"""
@@ -142,6 +143,11 @@ def light_up(picture, weights):
     return f'<img src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
 
 
+def name_of_head(maps, index):
+    """ "layer 3, head 1" for an index into the flattened layers and heads of maps."""
+    return "layer {}, head {}".format(*divmod(index, maps.shape[1]))
+
+
 def look_inside(model, prompt, images=(), most=16):
     """HTML that shows what each of the first `most` queries looks at: words, and patches.
 
@@ -155,10 +161,12 @@ def look_inside(model, prompt, images=(), most=16):
     if prompt:
         own = maps[..., start:end].flatten(0, 1).clamp(min=1e-9)  # (layers * heads, N, words)
         differ = (own * (own / own.mean(1, keepdim=True)).log()).sum((1, 2))
-        head = own[differ.argmax()][:most]  # (queries, words)
+        index = differ.argmax().item()
+        head = own[index][:most]  # (queries, words)
         words = [model.tokenizer.convert_tokens_to_string([token]) for token in tokens[start:end]]
         cells = "".join(f"<th>{html.escape(word)}</th>" for word in words)
-        page += f"<h4>Words that each query looks at</h4><table><tr><th></th>{cells}</tr>"
+        page += f"<h4>Words that each query looks at ({name_of_head(maps, index)})</h4>"
+        page += f"<table><tr><th></th>{cells}</tr>"
         for number, row in enumerate((head / head.max()).tolist()):
             color = "background-color: rgba(234, 88, 12, {:.2f})"
             cells = "".join(f'<td style="{color.format(weight)}"></td>' for weight in row)
@@ -168,9 +176,9 @@ def look_inside(model, prompt, images=(), most=16):
     found = patch_maps(model, images, inputs, maps) if images else []
     for picture, patches in zip(images, found, strict=True):
         patches = patches.flatten(0, 1)  # (layers * heads, N, rows, columns)
-        head = patches[patches.amax((2, 3)).mean(1).argmax()][:most]
-        page += "<h4>Patches that each query looks at</h4><div>"
-        for number, query in enumerate(head):
+        index = patches.amax((2, 3)).mean(1).argmax().item()
+        page += f"<h4>Patches that each query looks at ({name_of_head(maps, index)})</h4><div>"
+        for number, query in enumerate(patches[index][:most]):
             page += f"<figure>{light_up(picture, query)}query {number}</figure>"
         page += "</div>"
     return f'<section class="maps">{page}</section>'
