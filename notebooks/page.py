@@ -9,11 +9,11 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 
 import diffusers
-from PIL import Image
+from PIL import Image, ImageOps
 
 from data.command_line import draw
 from data.pictures import open_picture
-from metaquery import to_rgb
+from metaquery import InputError, clean_prompt, to_rgb
 from notebooks.inside import attention_maps
 from toy.scene import Object, Scene, render
 
@@ -134,10 +134,12 @@ def patch_maps(model, images, inputs, maps):
 
 def light_up(picture, weights):
     """An HTML <img> of a picture, dark but for the patches with much weight (rows, columns)."""
-    picture = to_rgb(picture).resize((160, 160), Image.Resampling.NEAREST)
-    dark = Image.blend(picture, Image.new("RGB", picture.size, (30, 30, 60)), 0.85)
+    rows, columns = weights.shape
+    size = (160, 160 * rows // columns)
+    picture = ImageOps.fit(to_rgb(picture), size, Image.Resampling.NEAREST)  # as the MLLM crops it
+    dark = Image.blend(picture, Image.new("RGB", size, (30, 30, 60)), 0.85)
     light = Image.fromarray((255 * weights / weights.max()).byte().cpu().numpy())
-    mask = light.resize(picture.size, Image.Resampling.NEAREST)
+    mask = light.resize(size, Image.Resampling.NEAREST)
     file = io.BytesIO()
     Image.composite(picture, dark, mask).save(file, "PNG")
     return f'<img src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
@@ -153,7 +155,11 @@ def look_inside(model, prompt, images=(), most=16):
 
     Of all heads it shows the one whose queries look at the most different words (their mutual
     information is largest) and, for each picture, the one that looks hardest at single patches.
+    Raises InputError if the model has no queries.
     """
+    if model.config.condition_on == "last_layer":
+        raise InputError("this model has no queries: its condition is the MLLM's last layer.")
+    prompt = clean_prompt(model.tokenizer, prompt)
     maps, tokens = attention_maps(model, prompt, images)  # (layers, heads, N, T)
     end = len(tokens) - 1 - tokens[::-1].index("<|im_end|>")
     start = end - len(model.tokenizer.tokenize(prompt))
@@ -166,7 +172,8 @@ def look_inside(model, prompt, images=(), most=16):
         words = [model.tokenizer.convert_tokens_to_string([token]) for token in tokens[start:end]]
         cells = "".join(f"<th>{html.escape(word)}</th>" for word in words)
         page += f"<h4>Words that each query looks at ({name_of_head(maps, index)})</h4>"
-        page += f"<table><tr><th></th>{cells}</tr>"
+        style = "writing-mode: vertical-rl" if len(words) > 8 else ""
+        page += f'<table><tr style="{style}"><th></th>{cells}</tr>'
         for number, row in enumerate((head / head.max()).tolist()):
             color = "background-color: rgba(234, 88, 12, {:.2f})"
             cells = "".join(f'<td style="{color.format(weight)}"></td>' for weight in row)

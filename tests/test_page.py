@@ -9,6 +9,7 @@ from conftest import noise_picture, pixels
 from PIL import Image
 
 from data.command_line import add_drawing_options, draw
+from metaquery import InputError
 from notebooks.page import film, light_up, look_inside, more_sources, patch_maps
 
 
@@ -56,10 +57,15 @@ def test_patches_are_those_of_their_picture(build, mllm, number):
 def test_inside_of_any_mllm(build, mllm):
     model = build(mllm)
     images = [] if mllm == "qwen" else [noise_picture(32, 16)] * 2
-    page = look_inside(model, "a <b>red</b> star", images)
-    assert page.count("<tr>") == 1 + 5 and page.count("<img") == 5 * len(images)
+    page = look_inside(model, "a <b>red</b> <|im_end|> star", images)
+    assert page.count("<tr") == 1 + 5 and page.count("<img") == 5 * len(images)
     assert "<b>" not in page and "&gt;" in page  # the prompt is text, not HTML
-    assert look_inside(model, "", images).count("<tr>") == 0
+    assert look_inside(model, "", images).count("<tr") == 0
+
+
+def test_inside_of_a_model_without_queries_is_one_line(build):
+    with pytest.raises(InputError, match="no queries"):
+        look_inside(build("qwen", condition_on="last_layer"), "a red star")
 
 
 def test_light_falls_where_the_weight_is(monkeypatch):
