@@ -403,7 +403,8 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
 
         images: per prompt a list of PIL images, or None. No guidance: guidance_scale g = 1,
         image_guidance_scale g_img ≤ 1. `generator` seeds the noise, as in a diffusers pipeline.
-        `callback()` is called after each step. Raises InputError if the latents are not finite."""
+        `callback(guess)` is called after each step with latents (B·n, C, h, w), the picture as it
+        looks to the solver. Raises InputError if the latents are not finite."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         images = picture_lists(prompts, images)
         negative = [negative_prompt] * len(prompts)
@@ -443,7 +444,7 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
             v = dict(zip(branches, predicted.chunk(len(branches)), strict=True))
             x = scheduler.step(guide(v), timestep, x).prev_sample
             if callback:
-                callback()
+                callback(scheduler.model_outputs[-1])
         if not x.isfinite().all():
             todo = "lower guidance_scale, or check that all weights are finite"
             raise InputError(f"the drawing is not finite: {todo}.")

@@ -88,7 +88,7 @@ def draw_jobs(model, jobs, args, out):
             batch = {i: jobs[i].open_images() for i in places}
             batch = {i: job for i, job in batch.items() if not job.error}
             rows = [(job.prompt, job.images) for job in batch.values()]
-            drawn = draw(model, rows, args, callback=progress.update)
+            drawn = draw(model, rows, args, callback=lambda _: progress.update())
             for (index, job), pictures in zip(batch.items(), drawn, strict=True):
                 count += len(pictures)
                 if out.suffix:

@@ -164,8 +164,8 @@ def draw(model, rows, args, seeds=None, num_images=None, negative_prompt=None, c
     """Draw (prompt, PIL images) rows: for each a list of `num_images` PIL images.
 
     Each row's noise is from --seed, as if it were drawn alone, or from its own of `seeds`.
-    `num_images` and `negative_prompt` are the flags' values unless given. `callback()` is called
-    after each step.
+    `num_images` and `negative_prompt` are the flags' values unless given. `callback` is called
+    as in `generate`.
     """
     import torch
 

@@ -4,11 +4,11 @@ the queries look at, as HTML."""
 import base64
 import html
 import io
+import itertools
 import queue
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 
-import diffusers
 from PIL import Image, ImageOps
 
 from data.command_line import draw
@@ -74,34 +74,22 @@ def use_painting(mode, files, painting):
     return more_sources(mode, files, painting["composite"])
 
 
-def draw_and_show(model, prompt, images, args, show):
-    """Draw as `draw` does: a list of PIL images. Calls show(picture) about ten times on the way,
-    with what the solver takes the finished picture to be."""
-    solver = diffusers.DPMSolverMultistepScheduler
-    step, every = solver.step, max(1, args.steps // 10)
-
-    def step_and_show(self, *values):
-        result = step(self, *values)
-        if (self.step_index - 1) % every == 0:
-            show(model.decode_latents(self.model_outputs[-1])[0])
-        return result
-
-    solver.step = step_and_show  # `generate` makes a solver of its own
-    try:
-        return draw(model, [(prompt, images)], args)[0]
-    finally:
-        solver.step = step
-
-
 def film(model, prompt, images, args):
     """Draw, and yield (PIL images, done): about ten times ([a guess of the first picture], False),
     then (the pictures, True). Raises what drawing raises."""
     frames = queue.Queue()
-    job = WORKER.submit(draw_and_show, model, prompt, images, args, frames.put)
+    steps = itertools.count()
+    every = max(1, args.steps // 10)
+
+    def keep(guess):
+        if next(steps) % every == 0:
+            frames.put(model.decode_latents(guess)[0])
+
+    job = WORKER.submit(draw, model, [(prompt, images)], args, callback=keep)
     job.add_done_callback(lambda _: frames.put(None))
     while frame := frames.get():
         yield [unlike_others(frame)], False
-    yield [unlike_others(picture) for picture in job.result()], True
+    yield [unlike_others(picture) for picture in job.result()[0]], True
 
 
 def unlike_others(picture):
