@@ -73,23 +73,22 @@ def draw():
     parts += box("trained", 310, 254, 220, 50, "connector", "transformer that looks both ways")
     parts += path("arrow", (420, 306), (420, 338)) + label(352, 328, "condition (N, c)")
     parts += box("trained", 310, 342, 220, 50, "diffusion model", "Sana, or Stable Diffusion")
-    parts += label(70, 362, "noise") + path("arrow", (100, 366), (304, 366))
+    parts += label(70, 371, "noise") + path("arrow", (100, 366), (304, 366))
     parts += path("arrow", (532, 374), (572, 374))
-    parts += box("frozen", 576, 342, 96, 50, "VAE", "decoder") + path(
-        "arrow", (674, 374), (706, 374)
-    )
+    parts += box("frozen", 576, 342, 96, 50, "VAE", "decoder")
+    parts += path("arrow", (674, 374), (706, 374))
     parts += label(738, 378, "picture")
-    # Where gradient goes.
-    parts += path("gradient", (532, 354), (556, 354), (556, 54), (504, 54))
-    parts += label(662, 162, "gradient of the loss:") + label(
-        662, 180, "through the diffusion model,"
-    )
-    parts += label(662, 198, "the connector and the frozen") + label(
-        662, 216, "LLM, to the queries"
-    )
+    # Where gradient goes: back through every part, to the queries.
+    for start, end in ((340, 308), (252, 206), (142, 68)):
+        parts += path("gradient", (476, start), (476, end))
+    parts += label(640, 162, "gradient of the loss:")
+    parts += label(640, 180, "through the diffusion model,")
+    parts += label(640, 198, "the connector and the frozen")
+    parts += label(640, 216, "LLM, to the queries")
     # The key.
     parts += tokens("frozen", 40, 268, 1) + label(114, 282, "weights frozen")
     parts += tokens("trained", 40, 296, 1) + label(94, 310, "trained")
+    parts += path("gradient", (34, 330), (62, 330)) + label(98, 334, "gradient")
     size = 'width="790" height="410" viewBox="0 0 790 410"'
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>\n' + "\n".join(parts) + "\n</svg>\n"
 
