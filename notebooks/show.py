@@ -15,7 +15,6 @@ from IPython.display import display
 from PIL import Image
 
 warnings.filterwarnings("ignore", message="IProgress not found")
-warnings.filterwarnings("ignore", message="`past_key_values` is deprecated")
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error  # noqa: E402
 
 disable_progress_bar()

@@ -22,6 +22,7 @@ import transformers
 from PIL import Image
 
 from metaquery import SYSTEM_PROMPT, MetaQuery, MetaQueryConfig
+from notebooks.tiny_parts import make_stable_diffusion
 from toy.pretrain_mllm import CHAT_TEMPLATE, language_config, make_processor, make_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -244,41 +245,6 @@ def make_sana(folder):
     )
 
 
-def make_stable_diffusion(folder, prediction_type="epsilon"):
-    diffusers.UNet2DConditionModel(
-        sample_size=4,
-        block_out_channels=(32, 32),
-        layers_per_block=1,
-        norm_num_groups=8,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=64,
-        attention_head_dim=8,
-    ).save_pretrained(folder / "unet")
-    diffusers.AutoencoderKL(
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-    ).save_pretrained(folder / "vae")
-    diffusers.PNDMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        skip_prk_steps=True,
-        steps_offset=1,
-        prediction_type=prediction_type,
-    ).save_pretrained(folder / "scheduler")
-    make_index(
-        folder,
-        "StableDiffusionPipeline",
-        unet=["diffusers", "UNet2DConditionModel"],
-        vae=["diffusers", "AutoencoderKL"],
-        scheduler=["diffusers", "PNDMScheduler"],
-    )
-
-
 def make_index(folder, pipeline, **parts):
     """The model_index.json of a diffusers pipeline folder."""
     index = {"_class_name": pipeline, "_diffusers_version": diffusers.__version__} | parts
@@ -308,8 +274,8 @@ def parts(tmp_path_factory):
     make_qwen(folder / "qwen")
     make_qwen_vl(folder / "qwen-vl")
     make_sana(folder / "sana")
-    make_stable_diffusion(folder / "sd")
-    make_stable_diffusion(folder / "sd-v", "v_prediction")
+    make_stable_diffusion(folder / "sd", 4)
+    make_stable_diffusion(folder / "sd-v", 4, "v_prediction")
     make_sana64(folder / "sana64", folder / "sana")
     return folder
 
