@@ -104,7 +104,8 @@ def test_layers_run_again_leave_the_prompt_as_it_was(build):
     layer = model.mllm.get_decoder().layers[0]
     inner = layer.self_attn.forward
     layer.self_attn.forward = lambda *args, **options: (
-        caches.append(options["past_key_values"]) or inner(*args, **options)
+        caches.append(options.get("cache", options.get("past_key_values")))
+        or inner(*args, **options)
     )
     model.encode_prompts(PROMPTS)[0].sum().backward()
     length = model.prepare_inputs(PROMPTS)["input_ids"].shape[1]

@@ -3,6 +3,8 @@
 The results are those of the plain model; only time and memory differ.
 """
 
+from functools import partial
+
 import torch
 import transformers
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -96,18 +98,19 @@ class Recomputed:
     def __call__(self, *inputs, **options):
         if not torch.is_grad_enabled():
             return self.forward(*inputs, **options)
-        cached = options.get("past_key_values") is not None
-        run = self.with_restored_cache if cached else self.forward
+        # Newer versions of transformers call it cache.
+        cache = options.get("cache", options.get("past_key_values"))
+        run = self.forward if cache is None else partial(self.with_restored_cache, cache)
         return checkpoint(run, *inputs, use_reentrant=False, **options)
 
-    def with_restored_cache(self, *inputs, past_key_values, **options):
+    def with_restored_cache(self, cache, /, *inputs, **options):
         """The forward pass, which appends to the cache; then the cache as it was, for the next."""
-        cache = past_key_values.layers[self.index]
-        before = cache.keys, cache.values
+        layer = cache.layers[self.index]
+        before = layer.keys, layer.values
         try:
-            return self.forward(*inputs, past_key_values=past_key_values, **options)
+            return self.forward(*inputs, **options)
         finally:  # recomputing ends by an exception once all that is needed is there
-            cache.keys, cache.values = before
+            layer.keys, layer.values = before
 
 
 class InPieces:
