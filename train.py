@@ -40,6 +40,7 @@ from metaquery import InputError, MetaQuery, MetaQueryConfig
 from toy.tasks import task
 from training.checkpoint import load_weights, lock, resume, save
 from training.kernels import checkpoint_layers, choose_attention
+from training.latents import CachedLatents
 from training.log import Log
 from training.sharding import (
     DTYPE,
@@ -86,6 +87,7 @@ class TrainConfig:
     resume: str = "auto"  # "auto", "none", or a step folder to resume from
     shard: bool = False  # split weights, gradients and optimizer over the processes (FSDP2)
     shard_frozen: bool = False  # with --shard: split the frozen language model too
+    cache_latents: str = ""  # a folder that keeps each picture's latents, encoded once
     gradient_checkpointing: bool = False  # less memory, more time
     compile: bool = False  # compile the connector and the diffusion model
     device: str = ""  # cpu, cuda, ...; by default cuda if there is one
@@ -98,6 +100,8 @@ def build_model(config, changes, device):
     else:
         model = MetaQuery(MetaQueryConfig.preset(config.size, **changes), DTYPE)
     choose_attention(model.to(device))
+    if config.cache_latents:
+        model.encode_latents = CachedLatents(model, config.cache_latents)
     if config.gradient_checkpointing:
         checkpoint_layers(model)
     if config.compile:

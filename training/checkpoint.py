@@ -57,6 +57,7 @@ MAY_CHANGE = {
     "checkpoint",
     "shard",
     "shard_frozen",
+    "cache_latents",
     "device",
     "gradient_checkpointing",
     "compile",
