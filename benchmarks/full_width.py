@@ -16,12 +16,15 @@ import torch
 import transformers
 from diffusers import DPMSolverMultistepScheduler, SanaPipeline
 from PIL import Image
+from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from data.batches import resolution_of
 from metaquery import SANA, TINY, MetaQuery, MetaQueryConfig, to_device
 from training.kernels import choose_attention
+from training.memory import fake
 from training.sharding import layers_of
-from training.sizes import DIFFUSIONS, LLAVA, MLLMS
+from training.sizes import DIFFUSIONS, LLAVA, MLLMS, meta_model
 
 CACHE = Path(tempfile.gettempdir()) / "metaquery-bench"
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bfloat16, without sparsity
@@ -271,6 +274,23 @@ def training(size, repeats, device):
             measure_drawing(model, repeats, device)
         del model
         gc.collect()
+
+
+def vae_arithmetic():
+    """Print the share of the base size's arithmetic in a step that the VAE's encoding takes."""
+    tokens, model = 64, meta_model(MetaQueryConfig.preset("base"))
+    step = step_flops(model, tokens)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        fake(model, torch.bfloat16)
+        with FlopCounterMode(display=False) as encoding:
+            model.vae.encode(torch.empty(1, 3, 512, 512, dtype=torch.bfloat16))
+        with FlopCounterMode(display=False) as prompt:
+            words = torch.empty(1, tokens, model.queries.shape[1], dtype=torch.bfloat16)
+            model.mllm.get_decoder()(inputs_embeds=words, use_cache=True)
+    encoding = encoding.get_total_flops()
+    step += encoding + prompt.get_total_flops()
+    print(f"(vae) of {step / 1e12:.2f} TFLOP of a sample's step, text prompts, encoding the target")
+    print(f"takes {encoding / 1e12:.2f}, a share of {encoding / step:.1%}", flush=True)
 
 
 def vae_share(batch, repeats):

@@ -29,7 +29,7 @@ import torch
 import transformers
 from torch.profiler import profile
 
-from benchmarks.full_width import BATCHES, CACHE, now, one_loss, training, vae_share
+from benchmarks.full_width import BATCHES, CACHE, now, one_loss, training, vae_arithmetic, vae_share
 from metaquery import TINY, MetaQuery, MetaQueryConfig
 from training.kernels import checkpoint_layers, choose_attention
 from training.sizes import MLLMS
@@ -213,6 +213,7 @@ def main():
     if "base" in rows:
         one_loss(args.size)
     if "vae" in rows:
+        vae_arithmetic()
         vae_share(args.batch, args.repeats)
     if "training" in rows:
         training(args.size, args.repeats, args.device)
