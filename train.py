@@ -1,8 +1,9 @@
-"""Train MetaQuery: every stage, in one process or with torchrun.
+r"""Train MetaQuery: every stage, in one process or with torchrun.
 
     python train.py --size tiny --stage pretrain --out runs/tiny
     torchrun --nproc-per-node=8 train.py --size base --micro-batch-size 16 --out runs/base
-    torchrun --nproc-per-node=8 train.py --size xlarge --shard true --micro-batch-size 4 ...
+    torchrun --nproc-per-node=8 train.py --size xlarge --shard true --gradient-checkpointing true \
+      --micro-batch-size 16 --out runs/xlarge
 
 Stages: pretrain draws captions; reconstruct draws pictures again; mix does both; edit and instruct
 fine-tune a --checkpoint on edits, and on prompts with pictures. Every field of MetaQueryConfig is a
