@@ -493,9 +493,7 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
         self.load_state_dict(state, strict=False)
 
     def _save_pretrained(self, folder):  # called by save_pretrained(folder) and push_to_hub(id)
-        text = json.dumps(portable(self.config, folder), indent=2)
-        (folder / "config.json").write_text(text + "\n")
-        save_file(self.trained_state_dict(), folder / "model.safetensors", {"format": "pt"})
+        save_checkpoint(self.config, self.trained_state_dict(), folder)
 
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32, **changes):
@@ -567,6 +565,13 @@ def portable(config, folder):
         if path.exists() and bases:
             values[name] = str(path.relative_to(bases[0]))
     return values
+
+
+def save_checkpoint(config, state, folder):
+    """Write what was trained, a `trained_state_dict`; config.json names the frozen parts."""
+    text = json.dumps(portable(config, folder), indent=2)
+    (folder / "config.json").write_text(text + "\n")
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
 
 
 def load_checkpoint(folder, dtype, changes):

@@ -1,13 +1,15 @@
-"""Train MetaQuery: every stage, in one process or with torchrun.
+r"""Train MetaQuery: every stage, in one process or with torchrun.
 
     python train.py --size tiny --stage pretrain --out runs/tiny
-    torchrun --nproc-per-node=8 train.py --size base --out runs/base
+    torchrun --nproc-per-node=8 train.py --size base --micro-batch-size 16 --out runs/base
+    torchrun --nproc-per-node=8 train.py --size xlarge --shard true --gradient-checkpointing true \
+      --micro-batch-size 16 --out runs/xlarge
 
 Stages: pretrain draws captions; reconstruct draws pictures again; mix does both; edit and instruct
 fine-tune a --checkpoint on edits, and on prompts with pictures. Every field of MetaQueryConfig is a
 flag too. `--out` holds step-00001000/ folders (weights and training state), log.jsonl,
 samples/step-*.png, and the latest weights at its top, so that `sample.py --checkpoint OUT` works at
-any time. The same command resumes a run.
+any time. The same command resumes a run. What fits a GPU: python -m training.sizes SIZE.
 """
 
 from training.flags import parse_flags
@@ -20,7 +22,6 @@ import os
 import signal
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -28,8 +29,6 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from datasets import disable_progress_bars
-from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.nn.parallel import DistributedDataParallel
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 from transformers.utils.logging import disable_progress_bar
 
@@ -40,14 +39,25 @@ from data.sources import open_rows
 from data.stages import STAGES
 from metaquery import InputError, MetaQuery, MetaQueryConfig
 from toy.tasks import task
-from training.checkpoint import lock, resume, save
+from training.checkpoint import load_weights, lock, resume, save
 from training.kernels import checkpoint_layers, choose_attention
-from training.log import Delayed, Log
+from training.latents import CachedLatents
+from training.log import Log
+from training.sharding import (
+    DTYPE,
+    check_batch_size,
+    distribute,
+    layers_of,
+    open_processes,
+    out_of_memory,
+    precision,
+    sum_gradients,
+    whole,
+)
 from training.signals import StopSignals
 from training.spikes import SpikeGuard
 
 MIN_LR = 1e-5  # where the cosine ends (§4)
-MAX_BAD_STEPS = 10  # skipped steps in a row that end a run
 
 
 @dataclass
@@ -76,65 +86,39 @@ class TrainConfig:
     workers: int = 0  # processes that prepare batches; 0 is in the training process
     checkpoint: str = ""  # the model to fine-tune: a folder or hub id
     resume: str = "auto"  # "auto", "none", or a step folder to resume from
-    zero: bool = False  # shard the optimizer's state over the processes
+    shard: bool = False  # split weights, gradients and optimizer over the processes (FSDP2)
+    shard_frozen: bool = False  # with --shard: split the frozen language model too
+    cache_latents: str = ""  # a folder that keeps each picture's latents, encoded once
     gradient_checkpointing: bool = False  # less memory, more time
     compile: bool = False  # compile the connector and the diffusion model
     device: str = ""  # cpu, cuda, ...; by default cuda if there is one
 
 
-def open_processes(config):
-    """(rank, number of processes, device); joins the other processes of torchrun."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = device_of(config.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world > 1:
-        # After a restart the shared store still holds the dead processes' addresses: use a prefix.
-        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(restarts, next(dist.rendezvous("env://"))[0])
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-    return rank, world, device
-
-
-def check_batch_size(config, world):
-    """Raise InputError if the batch does not divide into the processes' micro-batches."""
-    share, rest = divmod(config.batch_size, world)
-    micro = config.micro_batch_size or share
-    if rest or share % micro:
-        raise InputError(
-            f"--batch-size {config.batch_size} does not divide into {world} processes' "
-            f"micro-batches of {micro}: choose a multiple of {world * micro}."
-        )
-
-
 def build_model(config, changes, device):
-    """The model on its device, frozen parts in bfloat16, with the kernels that train fastest."""
+    """The model on its device, frozen parts in DTYPE, with the kernels that train fastest."""
     if config.checkpoint:
-        model = MetaQuery.from_pretrained(config.checkpoint, torch.bfloat16, **changes)
+        model = MetaQuery.from_pretrained(config.checkpoint, DTYPE, **changes)
     else:
-        model = MetaQuery(MetaQueryConfig.preset(config.size, **changes), torch.bfloat16)
+        model = MetaQuery(MetaQueryConfig.preset(config.size, **changes), DTYPE)
     choose_attention(model.to(device))
+    if config.cache_latents:
+        model.encode_latents = CachedLatents(model, config.cache_latents)
     if config.gradient_checkpointing:
         checkpoint_layers(model)
     if config.compile:
-        model.diffusion.compile()
-        model.connector.compile()
+        for layer in layers_of(model):
+            layer.compile()
     return model
 
 
-def build_optimizer(config, model, world):
+def build_optimizer(config, model):
     """AdamW and its schedule: warm-up, then a cosine to MIN_LR."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     matrices = [p for name, p in trained if p.ndim > 1 and name != "queries"]
     others = [p for name, p in trained if p.ndim <= 1 or name == "queries"]
     parameters = [{"params": matrices, "weight_decay": config.weight_decay}]
     parameters += [{"params": others, "weight_decay": 0.0}]
-    options = {"lr": config.lr, "betas": (0.9, 0.95), "fused": True}
-    if config.zero and world > 1:
-        optimizer = ZeroRedundancyOptimizer(parameters, torch.optim.AdamW, **options)
-    else:
-        optimizer = torch.optim.AdamW(parameters, **options)
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), fused=True)
     schedule = get_cosine_with_min_lr_schedule_with_warmup(
         optimizer, config.warmup, config.steps, min_lr_rate=min(1, MIN_LR / config.lr)
     )
@@ -149,7 +133,7 @@ def micro_step(model, wrapped, micro, device):
     sigma = micro.sigma.to(device, non_blocking=True)
     if not model.is_flow:  # an integer timestep of the forward process
         sigma = (sigma * model.scheduler.config.num_train_timesteps).ceil() - 1
-    with torch.autocast(device.type, torch.bfloat16):
+    with precision(wrapped, device):
         return wrapped(micro.inputs, targets, noise=noise, sigma=sigma)
 
 
@@ -159,7 +143,7 @@ def skip_update(optimizer, is_bad):
     Fused AdamW reads this flag on the device, so that the host never waits to learn of it; and loss
     and gradients are summed over the processes, so that all of them skip the same steps.
     """
-    getattr(optimizer, "optim", optimizer).found_inf = is_bad.float()
+    optimizer.found_inf = is_bad.float()
 
 
 def next_batch(batches):
@@ -172,8 +156,11 @@ def next_batch(batches):
         ) from None
 
 
-def draw_samples(model, stage, path):
-    """Save a grid of fixed unseen tasks from fixed noise, beside their source pictures, if any."""
+def draw_samples(model, stage, path, rank):
+    """Save a grid of fixed unseen tasks from fixed noise, beside their source pictures, if any.
+
+    Every process draws, since each may hold a share of the weights only; the first saves.
+    """
     kinds = list(STAGES[stage])
     kinds = kinds * (8 // len(kinds)) or kinds
     tasks = [task(kind, i, split="test") for i, kind in enumerate(kinds)]
@@ -183,7 +170,8 @@ def draw_samples(model, stage, path):
     shown = []
     for sources, picture in zip(images, pictures, strict=True):
         shown += [*sources[:1], picture]
-    save_picture(grid(shown, 8 if any(images) else 4), path)
+    if rank == 0:
+        save_picture(grid(shown, 8 if any(images) else 4), path)
 
 
 def train(config, changes):
@@ -191,38 +179,24 @@ def train(config, changes):
 
     `changes`, a dict, replace fields of the size's MetaQueryConfig, or of the checkpoint's.
     """
-    rank, world, device = open_processes(config)
+    device = device_of(config.device)
+    rank, world = open_processes(device)
     check_batch_size(config, world)
+    out = Path(config.out)
+    rows = STAGES[config.stage] if config.data == "toy" else open_rows(config, config.seed)
     torch.manual_seed(config.seed)
     model = build_model(config, changes, device)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer, schedule = build_optimizer(config, model, world)
-    guard = SpikeGuard(device)
-    is_toy = config.data == "toy"
-    rows = STAGES[config.stage] if is_toy else open_rows(config, config.seed)
-    out = Path(config.out)
     locked = lock(out) if rank == 0 else None  # until this function returns
-    first = resume(model, optimizer, schedule, guard, out, config)
-    wrapped = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+    saved = load_weights(model, out, config)
+    wrapped = distribute(model, config, world, device)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer, schedule = build_optimizer(config, model)
+    guard = SpikeGuard(device)
+    first = resume(saved, model, optimizer, schedule, guard) if saved else 0
     batches = open_batches(config, rows, Collate(model, config), first, rank, world)
     signals = StopSignals()
-    log, delayed = Log(out, config, first, rank), Delayed()
-    step, ended, bad_steps = first, False, 0
-
-    def finish(result):
-        """Log a step's result; whether to end. Raises InputError after too many bad steps."""
-        nonlocal bad_steps
-        if result is None:
-            return False
-        log.write(result)
-        bad_steps = bad_steps + 1 if result.skipped else 0
-        if bad_steps == MAX_BAD_STEPS:
-            newest = max(out.glob("step-*"), default="none")
-            raise InputError(
-                f"loss or gradient was not finite, or a spike, {bad_steps} times in a row, up to "
-                f"step {result.step}: lower --lr or check the data; last checkpoint: {newest}."
-            )
-        return result.stop_votes > 0
+    log = Log(out, config, first, rank)
+    step, ended = first, False
 
     with log.bar:
         while not ended and step < config.steps:
@@ -233,13 +207,12 @@ def train(config, changes):
             signals.waiting_since = None
             log.skipped_samples += batch.skipped
 
-            # 2. Loss and gradient, summed over the micro-batches; processes exchange the last sum
+            # 2. Loss and gradient of each micro-batch; the processes' are summed after the last
             loss = torch.zeros((), device=device)
             for number, micro in enumerate(batch.micro_batches, 1):
-                is_last = number == len(batch.micro_batches)
-                with nullcontext() if is_last or world == 1 else wrapped.no_sync():
-                    micro_loss = micro_step(model, wrapped, micro, device)
-                    (micro_loss / len(batch.micro_batches)).backward()
+                sum_gradients(wrapped, number == len(batch.micro_batches))
+                micro_loss = micro_step(model, wrapped, micro, device)
+                (micro_loss / len(batch.micro_batches)).backward()
                 loss += micro_loss.detach() / len(batch.micro_batches) / world
 
             # 3. What all processes must agree on: the mean loss, and whether one was told to stop
@@ -249,7 +222,7 @@ def train(config, changes):
                 dist.all_reduce(stop_votes)
 
             # 4. Update
-            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+            grad_norm = whole(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
             skipped = guard.is_bad(loss, grad_norm)
             skip_update(optimizer, skipped)
             optimizer.step()
@@ -259,18 +232,16 @@ def train(config, changes):
 
             # 5. Log, one step late, and decide whether to end
             lr = schedule.get_last_lr()[0]
-            before = delayed.push(step, loss, stop_votes, grad_norm, skipped, lr)
-            ended = finish(before) or step == config.steps
+            told_to_stop = log.push(step, loss, stop_votes, grad_norm, skipped, lr)
+            ended = told_to_stop or step == config.steps
 
             # 6. Save, and draw some samples
             if ended or step % config.save_every == 0:
-                finish(delayed.pop())
-                if config.zero and world > 1:
-                    optimizer.consolidate_state_dict(0)
-                if rank == 0:
-                    save(model, optimizer, schedule, guard, step, out, config)
-            if rank == 0 and (ended or step % config.sample_every == 0):
-                draw_samples(model, config.stage, out / "samples" / f"step-{step:08d}.png")
+                log.flush()
+                save(model, optimizer, schedule, guard, step, out, config, rank)
+            if ended or step % config.sample_every == 0:
+                path = out / "samples" / f"step-{step:08d}.png"
+                draw_samples(model, config.stage, path, rank)
     if rank == 0:
         locked.close()
         print(f"saved {out} at step {step}")
@@ -290,6 +261,8 @@ def main(flags=None):
     with errors_in_one_line():
         try:
             train(config, changes)
+        except torch.OutOfMemoryError:
+            raise InputError(out_of_memory(config)) from None
         finally:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loader would raise at their end
             for worker in multiprocessing.active_children():

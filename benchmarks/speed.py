@@ -3,7 +3,9 @@
     python -m benchmarks.speed                 every row of speed.md
     python -m benchmarks.speed --rows a,g      some of them
     python -m benchmarks.speed --rows base     one loss of the base size at full width
+    python -m benchmarks.speed --rows vae      the share of its training step that the VAE takes
     python -m benchmarks.speed --rows a,b,g --device cuda --batch 16        the same on a GPU
+    python -m benchmarks.speed --rows training --device cuda      training and drawing at full width
 
 The plain way is one pass over prompt and queries with gradient checkpointing, without the language
 head. Each figure is the median of --repeats runs, with the least and the most; memory is what the
@@ -13,7 +15,6 @@ tensors of a step take beside the weights.
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -26,14 +27,13 @@ from statistics import median
 
 import torch
 import transformers
-from diffusers import DPMSolverMultistepScheduler
 from torch.profiler import profile
 
-from metaquery import SANA, TINY, MetaQuery, MetaQueryConfig
+from benchmarks.full_width import BATCHES, CACHE, now, one_loss, training, vae_arithmetic, vae_share
+from metaquery import TINY, MetaQuery, MetaQueryConfig
 from training.kernels import checkpoint_layers, choose_attention
-from training.sizes import DIFFUSIONS, LLAVA, MLLMS
+from training.sizes import MLLMS
 
-CACHE = Path(tempfile.gettempdir()) / "metaquery-bench"
 WAYS = ("plain", "ours", "ours with checkpointed layers")
 CASES = {  # (b): what the prompt is, and its tokens
     "one picture, 756 prompt tokens": 756,
@@ -83,17 +83,11 @@ def loss_of(model, tokens, n, way, batch):
 
 def timed(loss, device):
     """Seconds of a forward pass and of a backward pass."""
-
-    def now():
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return time.time()
-
-    began = now()
+    began = now(device)
     value = loss()
-    middle = now()
+    middle = now(device)
     value.backward()
-    return middle - began, now() - middle
+    return middle - began, now(device) - middle
 
 
 def peak(loss, device):
@@ -189,42 +183,19 @@ def backward_growth(*options):
             print(f"{name}: {median(times):.3f} s, {median(growth):.2f} of 64 tokens' {spread}")
 
 
-def base():
-    """One text-to-image loss and query gradient of the base size at full width, random weights."""
-    folder = CACHE / "base"
-    if not (folder / "sana" / "vae").exists():
-        torch.manual_seed(0)
-        torch.set_default_dtype(torch.bfloat16)
-        transformers.AutoProcessor.from_pretrained(TINY / "mllm").save_pretrained(folder / "mllm")
-        mllm = transformers.AutoModelForImageTextToText.from_config(MLLMS[LLAVA]())
-        mllm.save_pretrained(folder / "mllm")
-        scheduler = DPMSolverMultistepScheduler.from_pretrained(TINY / "diffusion" / "scheduler")
-        transformer, vae = DIFFUSIONS[SANA]()
-        for name, part in (("scheduler", scheduler), ("transformer", transformer), ("vae", vae)):
-            part.save_pretrained(folder / "sana" / name)
-        del mllm, transformer, vae
-        torch.set_default_dtype(torch.float32)
-    config = MetaQueryConfig.preset(
-        "base", mllm=str(folder / "mllm"), diffusion=str(folder / "sana")
-    )
-    model = MetaQuery(config, torch.bfloat16)
-    began = time.time()
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = model(["a red star left of a blue circle"], torch.zeros(1, 3, 512, 512))
-    loss.backward()
-    gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"base: loss {loss.item():.4f}, query gradient norm {model.queries.grad.norm():.3g}")
-    print(f"base: {time.time() - began:.0f} s, peak memory {gigabytes:.1f} GiB")
-
-
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", default="a,b,e,f,g", help="c comes with a and b (%(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each row (5)")
-    parser.add_argument("--device", default="cpu", help="of rows a, b and g (cpu)")
-    parser.add_argument("--batch", type=int, default=1, help="prompts a step, in the same rows (1)")
+    parser.add_argument("--device", default="cpu", help="of rows a, b, g and training (cpu)")
+    parser.add_argument(
+        "--size", default="base", choices=BATCHES, help="of rows base and training (base)"
+    )
+    parser.add_argument(
+        "--batch", type=int, default=1, help="prompts a step of rows a, b, g and vae (1)"
+    )
     args = parser.parse_args()
     rows, options = args.rows.split(","), (args.repeats, args.device, args.batch)
     CACHE.mkdir(exist_ok=True)
@@ -240,7 +211,12 @@ def main():
     if "g" in rows:
         backward_growth(*options)
     if "base" in rows:
-        base()
+        one_loss(args.size)
+    if "vae" in rows:
+        vae_arithmetic()
+        vae_share(args.batch, args.repeats)
+    if "training" in rows:
+        training(args.size, args.repeats, args.device)
 
 
 if __name__ == "__main__":

@@ -281,25 +281,26 @@ def test_a_rank_that_dies_takes_the_job_down(parts, tmp_path):
     assert "exitcode" in done.stderr and "7" in done.stderr
 
 
-def test_torchrun_starts_a_dead_rank_again(parts, tmp_path):
-    """After its restart the job goes on from its last checkpoint and comes to its end."""
+@pytest.mark.parametrize("flags", [(), ("--shard", "true")], ids=["whole", "shard"])
+def test_torchrun_starts_a_dead_rank_again(parts, tmp_path, flags):
+    """After its restart the job resumes from its last checkpoint and ends as planned."""
     script, once = tmp_path / "dies.py", tmp_path / "once"
     dying = f"(os.path.exists({str(once)!r}) or open({str(once)!r}, 'x') and os._exit(7))"
     script.write_text(
         WRONG.replace('float("{factor}")', dying).replace("{steps}", "(8,)").replace("{rank}", "1")
     )
-    made = command(parts, tmp_path / "out", "--steps", 12)[2:]
+    made = command(parts, tmp_path / "out", "--steps", 12, *flags)[2:]
     done = run([*launcher(2), "--max-restarts=1", str(script), *made], PYTHONPATH=str(ROOT))
     assert done.returncode == 0 and once.exists(), done.stderr
     assert len(losses(tmp_path / "out")) == 12
 
 
 def test_two_processes_go_on_where_one_was(parts, whole, tmp_path):
-    """World size may change between the runs of one job; ZeRO's optimizer goes on as well."""
+    """The number of processes may change between the runs of one job, and whether it is sharded."""
     process = start(command(parts, tmp_path))
     wait_for(tmp_path, 6, lambda: process.poll() is None)
     process.terminate()
     process.communicate()
-    done = run([*launcher(2), *command(parts, tmp_path, "--zero", "true")[1:]])
+    done = run([*launcher(2), *command(parts, tmp_path, "--shard", "true")[1:]])
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path) == pytest.approx(losses(whole), rel=5e-2)

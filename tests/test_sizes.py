@@ -4,15 +4,32 @@ import json
 import subprocess
 import sys
 
+import diffusers
 import pytest
 import torch
-from conftest import ROOT, losses
+import transformers
+from conftest import ROOT, WORDS, losses
 from PIL import Image
 
+from benchmarks.speed import peak
+from data.batches import resolution_of
 from metaquery import PRESETS, Connector, InputError, MetaQuery, MetaQueryConfig
+from toy.pretrain_mllm import language_config, make_tokenizer
 from train import TrainConfig, train
 from training.kernels import checkpoint_layers
-from training.sizes import DIFFUSIONS, MLLMS, count, meta_diffusion, meta_mllm, table
+from training.memory import Run, peak_of_step, plan
+from training.sizes import (
+    DIFFUSIONS,
+    MLLMS,
+    QWEN,
+    count,
+    meta_diffusion,
+    meta_mllm,
+    meta_model,
+    parts_of,
+    print_parts,
+    text_size,
+)
 
 PAIRS = [("llava", "sana"), ("qwen-vl", "sana"), ("qwen", "sd")]
 
@@ -86,37 +103,28 @@ def test_parts_have_their_published_sizes(name, millions):
     assert abs(count(model) / 1e6 - millions) < 1
 
 
-def test_table_of_base_is_the_papers():
+def test_table_of_base_is_the_papers(capsys):
     """316M of connector at base (Table 3), 256 queries of 896 for 2304 wide conditions."""
-    rows, lengths = table(MetaQueryConfig.preset("base"))
-    numbers = {row[0]: row[1] for row in rows}
+    model = meta_model(MetaQueryConfig.preset("base"))
+    numbers = {part.name: part.parameters for part in parts_of(model)}
     assert abs(numbers["connector"] / 1e6 - 316) < 1 and numbers["queries"] == 256 * 896
-    assert "256 queries 896 wide -> 256 x 2304" in lengths and "latents 16 x 16" in lengths
-    assert "a picture 1485 tokens, one of several 730" in lengths
-    trained = {row[0] for row in rows if row[2]}
+    trained = {part.name for part in parts_of(model) if part.is_trained}
     assert trained == {"queries", "connector", "diffusion model"}
-    assert numbers["in all"] == sum(number for name, number in numbers.items() if name != "in all")
+    print_parts(model)
+    shown = capsys.readouterr().out
+    assert "256 queries 896 wide -> 256 x 2304" in shown and "latents 16 x 16" in shown
+    assert "a picture 1485 tokens, one of several 730" in shown
+    assert f"{sum(numbers.values()) / 1e6:.1f} M" in shown
 
 
 def test_table_on_the_command_line():
-    for flags, words in (
-        (["base"], "315.8 M"),
-        (["large", "--connector-layers", "6"], "trained"),
-        (["tiny"], "16 queries"),
-    ):
-        done = subprocess.run(
-            [sys.executable, "-m", "training.sizes", *flags],
-            cwd=ROOT,
-            text=True,
-            capture_output=True,
-        )
-        assert done.returncode == 0 and words in done.stdout, done.stderr
-    done = subprocess.run(
-        [sys.executable, "-m", "training.sizes", "--mllm", "nobody/nothing"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    flags = ["--processes", "2", "--shard", "true", "--connector-layers", "6"]
+    command = [sys.executable, "-m", "training.sizes", "tiny", *flags]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert "16 queries" in done.stdout and "the largest micro-batch is" in done.stdout
+    command = [sys.executable, "-m", "training.sizes", "--mllm", "nobody/nothing"]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
     assert done.returncode == 2 and "nobody/nothing" in done.stderr.splitlines()[-1]
 
 
@@ -146,8 +154,6 @@ def test_a_connector_of_another_width_is_refused(parts, tmp_path, build):
     other = parts / "sana-wide"
     other.mkdir(exist_ok=True)
     config = json.loads((parts / "sana" / "transformer" / "config.json").read_text())
-    import diffusers
-
     config["caption_channels"] = 128
     model = diffusers.SanaTransformer2DModel.from_config(config)
     model.save_pretrained(other / "transformer")
@@ -162,3 +168,72 @@ def test_a_checkpoint_has_a_model_card(build, tmp_path):
     build("qwen").save_pretrained(tmp_path)
     assert "metaquery" in (tmp_path / "README.md").read_text()
     assert (tmp_path / "config.json").exists()
+
+
+# ---- Memory --------------------------------------------------------------------------------------
+
+
+def make_wide(folder):
+    """Parts of the base size's widths, with two layers each and a small VAE."""
+    tokenizer = make_tokenizer(WORDS, 400)
+    fields = text_size(QWEN) | {"num_hidden_layers": 2}
+    del fields["vocab_size"]
+    config = language_config(tokenizer, **fields)
+    transformers.Qwen2ForCausalLM(config).save_pretrained(folder / "mllm")
+    tokenizer.save_pretrained(folder / "mllm")
+    sana = diffusers.SanaTransformer2DModel(
+        num_layers=2, in_channels=4, out_channels=4, sample_size=16
+    )
+    sana.save_pretrained(folder / "sana" / "transformer")
+    return folder
+
+
+@pytest.mark.parametrize("width", ["tiny", "base"])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_planned_activations_are_what_a_step_takes(parts, tmp_path, width, checkpointed):
+    """Within 15% of what torch's profiler measures of a real step, at the base size's width too."""
+    if width == "tiny":
+        config = MetaQueryConfig.preset("tiny")
+    else:
+        make_wide(tmp_path)
+        for part in ("vae", "scheduler"):
+            (tmp_path / "sana" / part).symlink_to(parts / "sana" / part)
+        names = {"mllm": str(tmp_path / "mllm"), "diffusion": str(tmp_path / "sana")}
+        config = MetaQueryConfig(**names, connector_layers=2)
+    model = MetaQuery(config, torch.bfloat16)
+    if checkpointed:
+        checkpoint_layers(model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    size = resolution_of(model)
+    inputs = model.prepare_inputs(["a red star", "a star"])
+
+    def loss():
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(inputs, torch.zeros(2, 3, size, size))
+
+    measured = peak(loss, "cpu")
+    run = Run(prompt_tokens=inputs["input_ids"].shape[1])
+    planned = meta_model(config)
+    if checkpointed:
+        checkpoint_layers(planned)
+    assert peak_of_step(planned, run, 2) / 1e9 == pytest.approx(measured, rel=0.15)
+
+
+def test_plan_divides_what_is_sharded():
+    """Trained weights and moments by the processes, gradients if nothing adds up, and frozen
+    weights when asked; a larger micro-batch takes more, and checkpointed layers less."""
+    config = MetaQueryConfig.preset("tiny")
+    trained = sum(part.parameters for part in parts_of(meta_model(config)) if part.is_trained)
+    whole, split = (plan(meta_model(config), Run(processes=4, shard=s)) for s in (False, True))
+    assert whole.trained_weights == 4 * trained == 4 * split.trained_weights
+    assert whole.moments == 8 * trained == 4 * split.moments
+    assert whole.gradients == split.gradients == 4 * trained
+    assert whole.gathered == 0 < split.gathered < whole.trained_weights
+    run = Run(processes=4, shard=True, shard_frozen=True, accumulate=False, micro_batch_size=16)
+    frozen = plan(meta_model(config), run)
+    assert frozen.gradients == trained and frozen.frozen_weights < split.frozen_weights
+    assert frozen.activations == pytest.approx(2 * split.activations)
+    run.gradient_checkpointing = True
+    assert plan(meta_model(config), run).activations < 0.8 * frozen.activations

@@ -5,8 +5,13 @@ import sys
 
 import pytest
 import torch
-from conftest import launcher, losses, run
+from conftest import launcher, losses, noise_picture, run
+from diffusers import AutoencoderDC
 from safetensors.torch import load_file
+
+from metaquery import InputError
+from train import TrainConfig
+from train import train as train_here
 
 
 def train(parts, out, *flags, torchrun=1):
@@ -97,3 +102,31 @@ def test_learning_lowers_the_loss(parts, tmp_path):
     assert done.returncode == 0, done.stderr
     curve = losses(tmp_path)
     assert sum(curve[-8:]) < 0.9 * sum(curve[:8])
+
+
+def test_cached_latents_are_made_once(parts, tmp_path, monkeypatch):
+    """Three pictures, seen twice: six encodings, or three with the cache; the curve is the same."""
+    (tmp_path / "data").mkdir()
+    for seed in range(3):
+        noise_picture(32, 32, seed).save(tmp_path / "data" / f"{seed}.png")
+    changes = {"mllm": str(parts / "llava"), "diffusion": str(parts / "sana"), "num_queries": 4}
+    encoded, plain = [], AutoencoderDC.encode
+    monkeypatch.setattr(
+        AutoencoderDC, "encode", lambda self, x: encoded.append(len(x)) or plain(self, x)
+    )
+    names = {"data": str(tmp_path / "data"), "stage": "reconstruct", "sample_every": 100}
+    names |= {"steps": 6, "batch_size": 1, "warmup": 1}
+    curves = []
+    for name, cache in (("plain", ""), ("cached", str(tmp_path / "latents"))):
+        out = tmp_path / name
+        monkeypatch.setattr("train.draw_samples", lambda *inputs: None)
+        train_here(TrainConfig(out=str(out), cache_latents=cache, **names), changes)
+        curves.append(losses(out))
+    assert sum(encoded) == 6 + 3 and curves[0] == pytest.approx(curves[1], rel=1e-2)
+
+
+def test_random_latents_are_not_cached(parts, tmp_path):
+    """Stable Diffusion's VAE encodes to a distribution, of which each step takes another sample."""
+    changes = {"mllm": str(parts / "qwen"), "diffusion": str(parts / "sd")}
+    with pytest.raises(InputError, match="--cache-latents needs Sana's VAE"):
+        train_here(TrainConfig(out=str(tmp_path), cache_latents=str(tmp_path / "x")), changes)

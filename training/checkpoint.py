@@ -32,10 +32,19 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
-from metaquery import InputError, portable
+from metaquery import InputError, portable, save_checkpoint
+from training.sharding import whole
 
 VERIFIED = ("model.safetensors", "training.pt")
+# The optimizer's state is saved whole, by the parameters' names: any number of processes can read
+# it, sharded or not.
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 # Settings that may differ when a run is resumed. Any other would make it another run.
 MAY_CHANGE = {
     "out",
@@ -46,7 +55,9 @@ MAY_CHANGE = {
     "workers",
     "resume",
     "checkpoint",
-    "zero",
+    "shard",
+    "shard_frozen",
+    "cache_latents",
     "device",
     "gradient_checkpointing",
     "compile",
@@ -86,23 +97,33 @@ def lock(out):
     return file
 
 
-def save(model, optimizer, schedule, guard, step, out, config):
+def save(model, optimizer, schedule, guard, step, out, config, rank):
     """Save a step's checkpoint in `out`, link its weights to the top and remove old ones.
 
-    Raises InputError if the disk is full; the checkpoints that were there stay complete.
+    Every process takes part, since each may hold a share only; the first writes. Raises InputError
+    if the disk is full; the checkpoints that were there stay complete.
     """
+    weights = {}
+    for name, weight in model.trained_state_dict().items():
+        weight = whole(weight)  # one at a time: all of them may not fit the device
+        if rank == 0:
+            weights[name] = weight.cpu()
+    optimizer_state = get_optimizer_state_dict(model, optimizer, options=WHOLE)
+    if rank > 0:
+        return
     folder = out / f"step-{step:08d}"
     aside = out / ".step-aside"
     state = {
         "step": step,
-        "optimizer": optimizer.state_dict(),
+        "optimizer": optimizer_state,
         "schedule": schedule.state_dict(),
         "random": torch.get_rng_state(),
         "means": guard.means.cpu(),
     }
     try:
         shutil.rmtree(aside, ignore_errors=True)
-        model.save_pretrained(aside)
+        aside.mkdir()
+        save_checkpoint(model.config, weights, aside)
         torch.save(state, aside / "training.pt")
         settings = settings_of(config, model)
         settings["sha256"] = {name: sha256(aside / name) for name in VERIFIED}
@@ -132,14 +153,16 @@ def read(folder):
     settings = json.loads((folder / "training.json").read_text())
     if settings["sha256"] != {name: sha256(folder / name) for name in VERIFIED}:
         raise ValueError("its weights are not those that were saved")
-    state = torch.load(folder / "training.pt", weights_only=True)
+    # Mapped, not read: the processes of a machine share the pages, and each needs only its share.
+    state = torch.load(folder / "training.pt", weights_only=True, mmap=True)
     return settings, state, load_file(folder / "model.safetensors")
 
 
-def resume(model, optimizer, schedule, guard, out, config):
-    """Resume from the newest complete checkpoint of `out`, or the one of --resume: its step, or 0.
+def load_weights(model, out, config):
+    """Load the newest complete checkpoint of `out`, or the one of --resume, into a whole model.
 
-    Raises InputError if all are corrupt, or belong to a run with other settings.
+    Returns its training state, for `resume`, or None if there is none. Raises InputError if all are
+    corrupt, or belong to a run with other settings.
     """
     folders = sorted(out.glob("step-*"), reverse=True)
     if config.resume == "none" and folders:
@@ -147,7 +170,7 @@ def resume(model, optimizer, schedule, guard, out, config):
     if config.resume not in ("auto", "none"):
         folders = [Path(config.resume)]
     if not folders:
-        return 0
+        return None
     for folder in folders:
         try:
             settings, state, weights = read(folder)
@@ -171,7 +194,15 @@ def resume(model, optimizer, schedule, guard, out, config):
         reason = f"{folder} is of another run ({'; '.join(different.values())})"
         raise InputError(f"{reason}: choose another --out.")
     model.load_trained_state_dict(weights, folder)
-    optimizer.load_state_dict(state["optimizer"])
+    return state
+
+
+def resume(state, model, optimizer, schedule, guard):
+    """Set the optimizer, schedule, guard and random state from a training state; returns its step.
+
+    Every process takes part, each with the same whole state, of which it keeps its share.
+    """
+    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=WHOLE)
     schedule.load_state_dict(state["schedule"])
     torch.set_rng_state(state["random"])
     guard.means.copy_(state["means"])

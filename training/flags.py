@@ -122,6 +122,8 @@ def parse_flags(description):
     values |= recipe(values["size"], values["stage"]) | chosen
     if values["stage"] in NEEDS_CHECKPOINT and not values["checkpoint"]:
         stop(f"--stage {values['stage']} fine-tunes a model: give --checkpoint DIR.")
+    if values["shard_frozen"] and not values["shard"]:
+        stop("--shard-frozen needs --shard true: give both, or neither.")
     parse_data(values["data"])
     check_out(values["out"], values["checkpoint"])
     return values, changes

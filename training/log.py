@@ -10,7 +10,10 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+from metaquery import InputError
+
 SMOOTHING = 0.98  # of the loss that the bar shows
+MAX_BAD_STEPS = 10  # skipped steps in a row that end a run
 
 
 class StepResult(NamedTuple):
@@ -24,47 +27,19 @@ class StepResult(NamedTuple):
     lr: float
 
 
-class Delayed:
-    """Reads a step's numbers from the device once the next step is on its way.
+class Log:
+    """Reads each step's figures and writes them, in the process of rank 0 only.
 
+    It is one step late: a step's numbers are read from the device once the next step is on its way.
     Reading at once would make the device wait for the host at every step.
     """
 
-    def __init__(self):
-        self.pending = None
-
-    def push(self, step, loss, stop_votes, grad_norm, skipped, lr):
-        """Take a step's numbers, scalar tensors; returns the `StepResult` before it, or None."""
-        before = self.pop()
-        numbers = torch.stack([loss, stop_votes, grad_norm, skipped.to(loss)]).to(
-            "cpu", non_blocking=True
-        )
-        copied = torch.cuda.Event() if loss.is_cuda else None
-        if copied:
-            copied.record()
-        self.pending = (step, numbers, copied, lr)
-        return before
-
-    def pop(self):
-        """The `StepResult` that was pushed last, or None."""
-        if self.pending is None:
-            return None
-        step, numbers, copied, lr = self.pending
-        self.pending = None
-        if copied:
-            copied.synchronize()
-        loss, stop_votes, grad_norm, skipped = numbers.tolist()
-        return StepResult(step, loss, int(stop_votes), grad_norm, bool(skipped), lr)
-
-
-class Log:
-    """Writes each step's figures, in the process of rank 0 only."""
-
     def __init__(self, out, config, first, rank):
-        self.config, self.first, self.quiet = config, first, rank > 0
+        self.config, self.out, self.first, self.quiet = config, out, first, rank > 0
+        self.pending = None  # the last step's numbers, not read yet
         self.began = time.time()
         self.waited = 0.0  # seconds spent waiting for data
-        self.skipped_steps, self.skipped_samples = 0, 0
+        self.skipped_steps, self.skipped_samples, self.bad_steps = 0, 0, 0
         self.smooth_loss = None
         self.bar = tqdm(initial=first, total=config.steps, disable=self.quiet, mininterval=2)
         self.board = None
@@ -79,6 +54,41 @@ class Log:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(out / "tensorboard", purge_step=first)
+
+    def push(self, step, loss, stop_votes, grad_norm, skipped, lr):
+        """Take a step's numbers, scalar tensors, and log the step before it.
+
+        Returns whether a process was told to stop. Raises InputError after too many bad steps.
+        """
+        votes = self.flush()
+        numbers = torch.stack([loss, stop_votes, grad_norm, skipped.to(loss)]).to(
+            "cpu", non_blocking=True
+        )
+        copied = torch.cuda.Event() if loss.is_cuda else None
+        if copied:
+            copied.record()
+        self.pending = (step, numbers, copied, lr)
+        return votes > 0
+
+    def flush(self):
+        """Log the step that was pushed last, if any; returns its votes to stop."""
+        if self.pending is None:
+            return 0
+        step, numbers, copied, lr = self.pending
+        self.pending = None
+        if copied:
+            copied.synchronize()
+        loss, stop_votes, grad_norm, skipped = numbers.tolist()
+        result = StepResult(step, loss, int(stop_votes), grad_norm, bool(skipped), lr)
+        self.write(result)
+        self.bad_steps = self.bad_steps + 1 if result.skipped else 0
+        if self.bad_steps == MAX_BAD_STEPS:
+            newest = max(self.out.glob("step-*"), default="none")
+            raise InputError(
+                f"loss or gradient was not finite, or a spike, {self.bad_steps} times in a row, up "
+                f"to step {step}: lower --lr or check the data; last checkpoint: {newest}."
+            )
+        return result.stop_votes
 
     def write(self, result):
         """A line of log.jsonl, the bar and the board."""

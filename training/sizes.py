@@ -1,20 +1,25 @@
 """The paper's sizes without their weights: architectures by hub id, parameters and memory.
 
     python -m training.sizes base
+    python -m training.sizes xlarge --processes 8 --shard true --micro-batch-size 4
 
 builds each part on the meta device, from the hub's or a folder's config if there is one and from
-the fields below if not, and prints its parameters and memory.
+the fields below if not, and prints its parameters, the memory that each of the processes needs in
+training, and the largest micro-batch that fits a GPU of 80 GB.
 """
 
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import diffusers
 import torch
 import transformers
 
-from data.command_line import begin, stop
+from data.command_line import begin, check_bounds, stop
 from metaquery import Connector, InputError, MetaQueryConfig, caption_width
+from training.memory import Run, plan
+
+BOUNDS = {"processes": (1, 10**6), "micro_batch_size": (1, 10**6), "prompt_tokens": (1, 10**6)}
 
 LLAVA = "llava-hf/llava-onevision-qwen2-0.5b-ov-hf"
 QWEN = "Qwen/Qwen2.5-0.5B-Instruct"
@@ -124,6 +129,23 @@ def meta_diffusion(name):
         return found
 
 
+def meta_model(config):
+    """The parts of a MetaQuery without their weights: a module with the same attributes."""
+    model = torch.nn.Module()
+    model.config = config
+    model.mllm = meta_mllm(config.mllm).requires_grad_(config.train_mllm)
+    model.diffusion, model.vae = meta_diffusion(config.diffusion)
+    model.diffusion.requires_grad_(config.train_diffusion)
+    model.vae.requires_grad_(False)
+    d = model.mllm.config.get_text_config().hidden_size
+    with torch.device("meta"):
+        c = caption_width(model.diffusion)
+        model.connector = Connector(d, c, config.connector_layers, config.connector)
+        model.queries = torch.nn.Parameter(torch.empty(config.num_queries, d))
+    model.queries.requires_grad_(config.condition_on == "queries")
+    return model
+
+
 def count(module):
     """Parameters of a module, those shared by two names counted once."""
     return sum(parameter.numel() for parameter in module.parameters())
@@ -140,64 +162,95 @@ def picture_tokens(mllm):
     return "a picture 256 to 1280 tokens"
 
 
-def table(config):
-    """Rows (part, parameters, trained, GB at rest, GB in training) and lengths of a config.
+@dataclass
+class Part:
+    """A part of a model, and what it weighs: a frozen one its bfloat16 weights; a trained one its
+    float32 weights, and in training their gradients and AdamW's two moments too."""
 
-    In training a frozen part costs its bf16 weights; a trained one its fp32 weights, gradients and
-    AdamW's two moments. Activations come on top.
-    """
-    mllm, (diffusion, vae) = meta_mllm(config.mllm), meta_diffusion(config.diffusion)
-    d = mllm.config.get_text_config().hidden_size
-    with torch.device("meta"):
-        width = caption_width(diffusion)
-        connector = Connector(d, width, config.connector_layers, config.connector)
-    parts = [
-        ("MLLM", count(mllm), config.train_mllm),
-        ("queries", config.num_queries * d, config.condition_on == "queries"),
-        ("connector", count(connector), True),
-        ("diffusion model", count(diffusion), config.train_diffusion),
-        ("VAE", count(vae), False),
+    name: str
+    parameters: int
+    is_trained: bool
+
+    @property
+    def at_rest(self):
+        """Bytes of the weights."""
+        return self.parameters * (4 if self.is_trained else 2)
+
+    @property
+    def in_training(self):
+        """Bytes of all that a step updates."""
+        return self.at_rest * (4 if self.is_trained else 1)
+
+
+def parts_of(model):
+    """The `Part`s of what `meta_model` made, a list."""
+    config = model.config
+    return [
+        Part("MLLM", count(model.mllm), config.train_mllm),
+        Part("queries", model.queries.numel(), config.condition_on == "queries"),
+        Part("connector", count(model.connector), True),
+        Part("diffusion model", count(model.diffusion), config.train_diffusion),
+        Part("VAE", count(model.vae), False),
     ]
-    rows = []
-    for name, number, trained in parts:
-        rest = number * (4 if trained else 2) / 1e9
-        rows.append((name, number, trained, rest, rest * (4 if trained else 1)))
-    total = [sum(row[i] for row in rows) for i in (1, 3, 4)]
-    rows.append(("in all", total[0], None, *total[1:]))
-    side, n = diffusion.config.sample_size, config.num_queries
-    lengths = (
-        f"condition: {n} queries {d} wide -> {n} x {width}; "
-        f"prompt: up to 256 tokens of text, {picture_tokens(mllm)}; "
-        f"latents {side} x {side}"
+
+
+def print_parts(model):
+    """Print a table of a model's parts, and its lengths."""
+    parts = parts_of(model)
+    print(f"{'part':>16} {'parameters':>12}  {'':8} {'dtype':8} {'at rest':>8} {'training':>9}")
+    for part in parts:
+        how = "trained  float32 " if part.is_trained else "frozen   bfloat16"
+        millions = f"{part.parameters / 1e6:10.1f} M"
+        weights, training = part.at_rest / 1e9, part.in_training / 1e9
+        print(f"{part.name:>16} {millions:>12}  {how} {weights:5.2f} GB {training:6.2f} GB")
+    millions = f"{sum(part.parameters for part in parts) / 1e6:10.1f} M"
+    weights = sum(part.at_rest for part in parts) / 1e9
+    training = sum(part.in_training for part in parts) / 1e9
+    print(f"{'in all':>16} {millions:>12}  {'':17} {weights:5.2f} GB {training:6.2f} GB")
+    print("training: weights, gradients and AdamW's moments, without activations")
+    n, d = model.queries.shape
+    side, width = model.diffusion.config.sample_size, caption_width(model.diffusion)
+    print(
+        f"condition: {n} queries {d} wide -> {n} x {width}; prompt: up to 256 tokens of text, "
+        f"{picture_tokens(model.mllm)}; latents {side} x {side}"
     )
-    return rows, lengths
+
+
+def print_plan(model, run):
+    """Print what a process of a run needs, and the largest micro-batch that fits a GPU."""
+    made = plan(model, run)
+    print(f"each of {run.processes} processes, micro-batches of {run.micro_batch_size}:")
+    for name, size in vars(made).items():
+        if size:
+            print(f"{name.replace('_', ' '):>20} {size / 1e9:7.2f} GB")
+    print(f"{'in all':>20} {made.total / 1e9:7.2f} GB")
+    most = made.largest_micro_batch(run)
+    what = f"the largest micro-batch is {most}" if most else "not even a micro-batch of 1 fits"
+    print(f"prompts of {run.prompt_tokens} tokens, 80 GB a GPU, of which a tenth is spare: {what}")
 
 
 def main():
-    """Print the table of a size, with any field of the config as a flag."""
-    parser = transformers.HfArgumentParser(MetaQueryConfig, description=__doc__)
+    """Print the tables of a size, with any field of its config, and of `Run`, as a flag."""
+    parser = transformers.HfArgumentParser([MetaQueryConfig, Run], description=__doc__)
     begin(parser)
     parser.add_argument("size", nargs="?", default="tiny", help="tiny, base, large or xlarge")
-    names = [field.name for field in fields(MetaQueryConfig)]
     for action in parser._actions:
         action.required = False  # the size names the parts
-    parser.set_defaults(**dict.fromkeys(names))
-    flags = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
-    size = flags.pop("size")
+    run_fields, config_fields = fields(Run), fields(MetaQueryConfig)
+    parser.set_defaults(**{field.name: None for field in config_fields})
+    flags = vars(parser.parse_args())
+    run = Run(**{field.name: flags[field.name] for field in run_fields})
+    given = {field.name: flags[field.name] for field in config_fields}
+    changes = {name: value for name, value in given.items() if value is not None}
+    check_bounds(vars(run), BOUNDS)
     try:
-        config = MetaQueryConfig.preset(size, **flags)
-        rows, lengths = table(config)
+        config = MetaQueryConfig.preset(flags["size"], **changes)
+        model = meta_model(config)
     except (InputError, OSError, ValueError) as error:
         stop(error)
-    print(f"{size}: {config.mllm} x {config.diffusion}")
-    print(f"{'part':>16} {'parameters':>12}  {'':8} {'dtype':8} {'at rest':>8} {'training':>9}")
-    for name, number, trained, rest, training in rows:
-        word = {True: "trained", False: "frozen", None: ""}[trained]
-        dtype = {True: "float32", False: "bfloat16", None: ""}[trained]
-        shown = f"{number / 1e6:10.1f} M"
-        print(f"{name:>16} {shown:>12}  {word:8} {dtype:8} {rest:5.2f} GB {training:6.2f} GB")
-    print(lengths)
-    print("training: weights, gradients and AdamW's moments of one process, without activations")
+    print(f"{flags['size']}: {config.mllm} x {config.diffusion}")
+    print_parts(model)
+    print_plan(model, run)
 
 
 if __name__ == "__main__":
