@@ -3,6 +3,7 @@
 import hashlib
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ def run(command, log):
         raise InputError(f"training failed: {' '.join(last)} (see {log})")
 
 
+@cache
 def frozen_digest():
     """Eight digits that tell the shipped frozen parts from any others."""
     files = sorted([*TINY.glob("mllm/*.safetensors"), *TINY.glob("diffusion/*/*.safetensors")])

@@ -150,6 +150,7 @@ def save_figure(result, path):
             spreads = [arm["spread"][name] for arm in arms.values()]
             axes.errorbar(numbers, means, spreads, marker="o", capsize=3, label=name)
         axes.set_xscale("log", base=2)
+        axes.set_xticks(numbers, numbers)
         axes.set_xlabel("queries N")
     else:
         width = 0.8 / len(arms)
