@@ -128,7 +128,7 @@ def print_table(result):
     arms = result["arms"].values()
     print(f"{result['table']}, {len(result['seeds'])} seeds: {', '.join(result['arms'])}")
     for name in next(iter(arms))["mean"]:
-        cells = [f"{arm['mean'][name]:8.3f} ± {arm['spread'][name]:.3f}" for arm in arms]
+        cells = [f"{arm['mean'][name]:14.3f} ± {arm['spread'][name]:.3f}" for arm in arms]
         print(f"{name:>28}{''.join(cells)}")
 
 

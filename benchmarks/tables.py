@@ -8,7 +8,7 @@ from the same frozen parts, on the same data and for as many steps; an arm that 
 is trained once. Stopped at any time, the same command resumes: models and scores are kept in
 --work. Two files are written, benchmarks/results/NAME.png and NAME.json:
 
-    {"table": "knowledge", "claim": ..., "seeds": [0, 1, 2], "settings": {"steps": 600, ...},
+    {"table": "knowledge", "claim": ..., "seeds": [0, 1, 2], "settings": {"steps": 1200, ...},
      "versions": {"torch": ..., ...},
      "arms": {"queries": {"config": {"num_queries": 16}, "stages": ["pretrain"],
                           "figures": {"knowledge": [0.71, 0.69, 0.74], ...},
@@ -198,8 +198,8 @@ def main():
     add = parser.add_argument
     add("name", metavar="NAME", choices=list(TABLES), help=", ".join(TABLES))
     add("--seeds", type=int, default=3, help="trainings of each arm (3)")
-    add("--steps", type=int, default=600, help="of each stage of training (600)")
-    add("--batch-size", type=int, default=16, help="samples a step (16)")
+    add("--steps", type=int, default=1200, help="of each stage of training (1,200)")
+    add("--batch-size", type=int, default=32, help="samples a step (32)")
     add("--limit", type=int, default=50, help="test cases of each measure (50)")
     add("--jobs", type=int, default=os.cpu_count(), help="trainings at a time (one a core)")
     add("--work", default="runs/tables", help="where models and scores are kept")
