@@ -46,6 +46,13 @@ def scores(kind, pairs):
     return {name: float(np.mean(value)) for name, value in values.items()}
 
 
+def answer_share(model, args):
+    """The share of --limit unseen questions that the MLLM answers word for word."""
+    asked = [unseen_question(i, args.seed) for i in tqdm(range(args.limit), "answers")]
+    right = [model.answer(talk.user, talk.images) == talk.assistant for talk in asked]
+    return sum(right) / len(right)
+
+
 def run(model, args):
     """Draw and answer --limit unseen cases of each kind: ({name: figure}, pictures for a grid)."""
     table, shown = {}, []
@@ -58,9 +65,7 @@ def run(model, args):
         for t, pictures in cases[:SHOWN]:
             shown += [*t.images[:1], pictures[0]]
     if model.takes_images:
-        asked = [unseen_question(i, args.seed) for i in tqdm(range(args.limit), "answers")]
-        right = [model.answer(talk.user, talk.images) == talk.assistant for talk in asked]
-        table["answers"] = sum(right) / len(right)
+        table["answers"] = answer_share(model, args)
     table["six-kind overall"] = sum(table[kind] for kind in SIX_KINDS) / len(SIX_KINDS)
     return table, shown
 

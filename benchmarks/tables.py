@@ -1,0 +1,232 @@
+"""The paper's tables, small: arms trained alike on the toy world, scored exactly, with error bars.
+
+    python -m benchmarks.tables knowledge       train, score and draw one table, three seeds an arm
+    python -m benchmarks.tables T1 --seeds 5    more seeds; what is there already is kept
+
+An arm is some fields of MetaQueryConfig and the stages it is trained in. train.py trains all arms
+from the same frozen parts, on the same data and for as many steps; an arm that several tables name
+is trained once. Stopped at any time, the same command resumes: models and scores are kept in
+--work. Two files are written, benchmarks/results/NAME.png and NAME.json:
+
+    {"table": "knowledge", "claim": ..., "seeds": [0, 1, 2], "settings": {"steps": 1200, ...},
+     "versions": {"torch": ..., ...},
+     "arms": {"queries": {"config": {"num_queries": 16}, "stages": ["pretrain"],
+                          "figures": {"knowledge": [0.71, 0.69, 0.74], ...},
+                          "mean": {"knowledge": 0.713, ...}, "spread": {"knowledge": 0.025, ...}},
+              "last layer": ...}}
+
+Figures have one value a seed, which is the seed of weights, training data and test cases. All are
+shares of right pictures or answers, but for "PSNR in dB", "training loss", "samples per second"
+and "saved parameters". The spread is the standard deviation over seeds (of a sample: n - 1).
+"""
+
+import argparse
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from importlib.metadata import version
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.frozen import PARTS, frozen_digest, run
+from benchmarks.measures import DRAWING, measure, print_table, save_figure, summary
+from data.command_line import begin, check_bounds, device_of, errors_in_one_line, writable
+from metaquery import MetaQuery, MetaQueryConfig
+from toy.tasks import SIX_KINDS
+
+BOUNDS = {name: (1, 10**6) for name in ("seeds", "steps", "batch_size", "limit", "jobs")}
+
+# ---- The tables ----------------------------------------------------------------------------------
+
+
+class Arm(NamedTuple):
+    """Fields of MetaQueryConfig that differ from the tiny preset's, and the stages of training."""
+
+    config: dict  # "mllm" may also be a folder in --work that benchmarks/frozen.py makes
+    stages: tuple = ("pretrain",)
+
+
+class Table(NamedTuple):
+    """What the paper claims, the arms that check it, and what is measured of each."""
+
+    claim: str
+    arms: dict
+    measures: tuple  # see benchmarks/measures.py
+
+
+INSTRUCT = ("pretrain", "instruct")
+CAPTIONS = (*SIX_KINDS, "dense")
+SUBJECTS = ("one subject", "two subjects")
+QUERIES = Arm({"num_queries": 16})  # as in the preset
+LAST_LAYER = Arm({"condition_on": "last_layer"})
+NUMBERS = (1, 2, 4, 8, 16, 32, 64)
+TABLES = {
+    "knowledge": Table(  # Tables 6, 7 and 9
+        "queries carry the MLLM's knowledge to the picture, its last layer does so less",
+        {"queries": QUERIES, "last layer": LAST_LAYER},
+        (*CAPTIONS, "knowledge", "commonsense", "commonsense, negative prompt"),
+    ),
+    "T1": Table(
+        "queries draw as well as the last layer, more of them better; random ones do not",
+        {"last layer": LAST_LAYER, "random": Arm({"condition_on": "random"})}
+        | {f"N = {n}": Arm({"num_queries": n}) for n in (4, 16, 64)},
+        CAPTIONS,
+    ),
+    "T2": Table(
+        "frozen, an MLLM serves as well as tuned, and still answers; tuning the diffusion helps",
+        {
+            "both frozen": Arm({"train_diffusion": False}),
+            "diffusion tuned": QUERIES,
+            "MLLM tuned": Arm({"train_mllm": True, "train_diffusion": False}),
+            "both tuned": Arm({"train_mllm": True}),
+        },
+        (*CAPTIONS, "answers"),
+    ),
+    "T3": Table(
+        "the connector enc-proj draws better than proj-enc, with fewer parameters",
+        {
+            f"{design}, {layers}": Arm({"connector": design, "connector_layers": layers})
+            for design in ("enc-proj", "proj-enc")
+            for layers in (1, 3, 6)
+        },
+        CAPTIONS,
+    ),
+    "F2": Table(
+        "more queries draw captions better, dense ones most of all",
+        {f"N = {n}": Arm({"num_queries": n}) for n in NUMBERS},
+        CAPTIONS,
+    ),
+    "F2-reconstruction": Table(
+        "more queries reconstruct pictures better",
+        {f"N = {n}": Arm({"num_queries": n}, ("reconstruct",)) for n in NUMBERS},
+        ("reconstruction",),
+    ),
+    "T5": Table(
+        "what the frozen MLLM sees, read by queries, carries the subject",
+        {
+            "frozen MLLM, queries": QUERIES._replace(stages=INSTRUCT),
+            "random MLLM, queries": Arm({"mllm": "random-mllm"}, INSTRUCT),
+            "frozen MLLM, last layer": LAST_LAYER._replace(stages=INSTRUCT),
+        },
+        (*SUBJECTS, *[f"{kind}, pictures withheld" for kind in SUBJECTS]),
+    ),
+    "T8": Table(
+        "drawing hardly depends on whether the language model was tuned on pictures",
+        {"before": Arm({"mllm": "language/llm"}), "after": Arm({"mllm": "language/mllm"})},
+        (*CAPTIONS, "commonsense"),
+    ),
+    "T10": Table(
+        "trained on both, a model reconstructs, and draws captions as well as without",
+        {
+            "text-to-image": QUERIES,
+            "reconstruction": QUERIES._replace(stages=("reconstruct",)),
+            "mix": QUERIES._replace(stages=("mix",)),
+        },
+        (*CAPTIONS, "reconstruction"),
+    ),
+    "falsification": Table(
+        "the further a prompt is from training, the fewer pictures are right",
+        {"queries": QUERIES, "last layer": LAST_LAYER},
+        ("attribution", "held-out", "two held-out", "position", "diagonal", "counting", "five"),
+    ),
+}
+
+# ---- Training and scoring ------------------------------------------------------------------------
+
+
+def folder_of(arm, seed, args):
+    """Where an arm's training for a seed is kept; arms that are the same share it."""
+    preset = asdict(MetaQueryConfig.preset("tiny"))
+    changes = sorted(f"{name}={x}" for name, x in arm.config.items() if x != preset[name])
+    arm_name = ",".join(["+".join(arm.stages), *changes]).replace("/", "-")
+    return args.work / f"{frozen_digest()}-{args.steps}x{args.batch_size}" / arm_name / f"{seed}"
+
+
+def train(arm, seed, args):
+    """Train an arm's last stage, from the stage before if there is one, unless that is done."""
+    out = folder_of(arm, seed, args)
+    if (out / f"step-{args.steps:08d}").exists():
+        return
+    flags = {"size": "tiny", "stage": arm.stages[-1], "seed": seed, "out": out, "keep": 1}
+    flags |= {"steps": args.steps, "batch_size": args.batch_size, "warmup": args.steps // 10}
+    flags |= {"save_every": 100, "sample_every": args.steps} | arm.config
+    if "mllm" in arm.config:
+        flags["mllm"] = args.work / arm.config["mllm"]
+    if len(arm.stages) > 1:
+        flags["checkpoint"] = folder_of(arm._replace(stages=arm.stages[:-1]), seed, args)
+    pairs = ((f"--{name.replace('_', '-')}", value) for name, value in flags.items())
+    run(["train.py", *chain.from_iterable(pairs)], out.with_suffix(".log"))
+
+
+def train_all(arms, args):
+    """Train all arms for all seeds, --jobs at a time; arms may share their first stages."""
+    for part in {arm.config["mllm"].split("/")[0] for arm in arms if "mllm" in arm.config}:
+        PARTS[part](args.work / part)
+    for depth in range(1, 1 + max(len(arm.stages) for arm in arms)):
+        stages = {}
+        for seed in range(args.seeds):
+            for arm in [arm._replace(stages=arm.stages[:depth]) for arm in arms]:
+                stages[folder_of(arm, seed, args)] = (arm, seed, args)
+        with ThreadPoolExecutor(args.jobs) as pool:
+            trained = pool.map(lambda stage: train(*stage), stages.values())
+            list(tqdm(trained, "training", total=len(stages)))
+
+
+def score_arm(arm, measures, seed, args):
+    """Measure what is not measured yet of a trained model: {measure: {name: figure}}."""
+    out = folder_of(arm, seed, args)
+    path = out / f"scores-{args.limit}.json"
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    missing = [name for name in measures if name not in kept]
+    if missing:
+        model = MetaQuery.from_pretrained(out).to(device_of(""), torch.bfloat16).eval()
+        for name in missing:
+            kept[name] = measure(model, name, args.limit, seed)
+            path.write_text(json.dumps(kept, indent=2) + "\n")
+    return {name: kept[name] for name in measures}
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    begin(parser)
+    add = parser.add_argument
+    add("name", metavar="NAME", choices=list(TABLES), help=", ".join(TABLES))
+    add("--seeds", type=int, default=3, help="trainings of each arm (3)")
+    add("--steps", type=int, default=1200, help="of each stage of training (1,200)")
+    add("--batch-size", type=int, default=32, help="samples a step (32)")
+    add("--limit", type=int, default=50, help="test cases of each measure (50)")
+    add("--jobs", type=int, default=os.cpu_count(), help="trainings at a time (one a core)")
+    add("--work", default="runs/tables", help="where models and scores are kept")
+    add("--out", default="benchmarks/results", help="where NAME.json and NAME.png are written")
+    args = parser.parse_args()
+    check_bounds(vars(args), BOUNDS)
+    args.work, out = writable(args.work, True).resolve(), writable(args.out, True)
+    table, seeds = TABLES[args.name], list(range(args.seeds))
+    arms = {}
+    with errors_in_one_line():
+        train_all(table.arms.values(), args)
+        for name, arm in tqdm(table.arms.items(), "scoring"):
+            folders = [folder_of(arm, seed, args) for seed in seeds]
+            scored = [score_arm(arm, table.measures, seed, args) for seed in seeds]
+            arms[name] = arm._asdict() | summary(folders, scored)
+        settings = {name: getattr(args, name) for name in ("steps", "batch_size", "limit")}
+        result = {"table": args.name, "claim": table.claim, "seeds": seeds}
+        result |= {"settings": settings | {"drawing": DRAWING, "frozen_parts": frozen_digest()}}
+        result["versions"] = {
+            name: version(name) for name in ("torch", "transformers", "diffusers")
+        }
+        result["arms"] = arms
+        out.mkdir(parents=True, exist_ok=True)
+        (out / f"{args.name}.json").write_text(json.dumps(result, indent=2) + "\n")
+        print_table(result)
+        save_figure(result, out / f"{args.name}.png")
+
+
+if __name__ == "__main__":
+    main()
