@@ -74,7 +74,7 @@ class TrainConfig:
     streaming: bool = False  # read datasets as they are downloaded
     steps: int = 2400  # training steps in all
     batch_size: int = 32  # samples a step, over all processes
-    micro_batch_size: int = 0  # samples a forward pass; 0 is a process's whole share
+    micro_batch_size: int = 0  # samples a forward pass, at most; 0 is a process's share
     lr: float = 1e-3  # the highest learning rate
     warmup: int = 200  # steps to reach it
     weight_decay: float = 0.01  # of matrices, not of biases, norms or queries

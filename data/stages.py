@@ -34,6 +34,7 @@ def recipe(size, stage):
         "streaming": True,
         "steps": 48828,
         "batch_size": 4096,
+        "micro_batch_size": 16,  # ours: what fits 80 GB at base, see training.sizes
         "workers": 8,
         "lr": 1e-4,
         "warmup": 4000,

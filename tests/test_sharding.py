@@ -191,10 +191,14 @@ def test_shard_in_one_process_is_a_warning(parts, one, tmp_path):
     check_same(tmp_path / "run", one, exactly=True)
 
 
-@pytest.mark.parametrize("world, micro, words", [(8, 0, "multiple of 8"), (2, 3, "multiple of 6")])
+@pytest.mark.parametrize("world, micro, words", [(8, 0, "multiple of 8"), (1, 3, "multiple of 3")])
 def test_a_batch_that_does_not_divide_names_one_that_does(world, micro, words):
     with pytest.raises(InputError, match=f"--batch-size 4 .*{words}"):
         check_batch_size(TrainConfig(batch_size=4, micro_batch_size=micro), world)
+
+
+def test_a_micro_batch_is_at_most_a_process_s_share():
+    check_batch_size(TrainConfig(batch_size=4, micro_batch_size=16), 2)
 
 
 def run_out_of_memory(rank):

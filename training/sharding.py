@@ -47,7 +47,8 @@ def open_processes(device):
 
 def check_batch_size(config, world):
     """Raise InputError if the batch does not divide into the processes' micro-batches."""
-    micro = config.micro_batch_size or 1
+    share = max(1, config.batch_size // world)
+    micro = min(config.micro_batch_size or 1, share)
     if config.batch_size % (world * micro):
         raise InputError(
             f"--batch-size {config.batch_size} does not divide into {world} processes' "
