@@ -7,14 +7,7 @@ from functools import partial
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import (
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    trainers,
-)
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     AutoProcessor,
     LlavaOnevisionConfig,
