@@ -81,6 +81,23 @@ def test_a_trained_mllm_keeps_its_prompts_gradients(build):
             torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-9)
 
 
+@pytest.mark.parametrize("mllm", ("llava", "qwen", "qwen-vl"))
+def test_a_trained_mllm_is_checkpointed_too(build, mllm):
+    """The prompt's keys and values, which carry gradient then, are there for the queries."""
+    model = build(mllm, dtype=torch.float64, train_mllm=True)
+    grads = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            checkpoint_layers(model)
+        model.zero_grad()
+        cond, _ = model.encode_prompts(PROMPTS)
+        cond.square().sum().backward()
+        grads.append([p.grad.clone() for p in model.mllm.parameters() if p.grad is not None])
+    assert len(grads[0]) > 10
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-9)
+
+
 def test_a_long_prompt_goes_through_mlps_in_pieces(build, monkeypatch):
     """Checkpointed layers take at most so many tokens at once, and the states stay the same."""
     monkeypatch.setattr("training.kernels.PIECE", 128)

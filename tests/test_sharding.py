@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from metaquery import InputError, MetaQuery
 from train import TrainConfig
-from training.sharding import check_batch_size, out_of_memory
+from training.sharding import check_batch_size, distribute, out_of_memory
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["train"])  # each process then starts at once
@@ -119,6 +119,26 @@ def test_two_processes_have_the_curve_of_one(parts, one, tmp_path, flags, change
     assert (tmp_path / "run" / "samples" / "step-00000006.png").exists() == draws
 
 
+OTHERS = {
+    "qwen-vl": ["--mllm", "qwen-vl", "--shard-frozen", "true"],
+    "qwen": ["--mllm", "qwen", "--stage", "pretrain", "--shard-frozen", "true"],
+    "trained mllm": ["--train-mllm", "true", "--stage", "pretrain"],
+    "trained mllm, whole": ["--train-mllm", "true", "--shard", "false"],
+}
+
+
+@pytest.mark.parametrize("model", OTHERS)
+def test_other_models_have_the_curve_of_one(parts, tmp_path, model):
+    flags = [str(parts / flag) if (parts / flag).is_dir() else flag for flag in OTHERS[model]]
+    flags = ["--steps", "3", "--gradient-checkpointing", "true", "--shard", "true", *flags]
+    outs = [tmp_path / "one", tmp_path / "two"]
+    codes, said = run(tmp_path, command(parts, outs[0], *flags))
+    assert codes == [0], said
+    codes, said = run(tmp_path, command(parts, outs[1], *flags), 2)
+    assert codes == [0, 0], said
+    assert losses(outs[1]) == pytest.approx(losses(outs[0]), rel=1e-5)
+
+
 @pytest.mark.parametrize("sharded_first", [True, False])
 def test_a_checkpoint_is_read_sharded_or_not(parts, one, tmp_path, sharded_first):
     """Two sharded processes resume from what one process saved, and the other way round."""
@@ -199,6 +219,13 @@ def test_a_batch_that_does_not_divide_names_one_that_does(world, micro, words):
 
 def test_a_micro_batch_is_at_most_a_process_s_share():
     check_batch_size(TrainConfig(batch_size=4, micro_batch_size=16), 2)
+
+
+def test_a_trained_mllm_with_pictures_is_not_sharded(build):
+    model = build("llava", train_mllm=True)
+    config = TrainConfig(shard=True, stage="mix")
+    with pytest.raises(InputError, match="without pictures only: use --stage pretrain"):
+        distribute(model, config, 2, torch.device("cpu"))
 
 
 def run_out_of_memory(rank):

@@ -96,18 +96,28 @@ class Recomputed:
     def __call__(self, *inputs, **options):
         if not torch.is_grad_enabled():
             return self.forward(*inputs, **options)
-        cached = options.get("cache") is not None
-        run = self.with_restored_cache if cached else self.forward
+        cache = options.get("cache")
+        run = self.forward if cache is None else self.from_cache(cache.layers[self.index])
         return checkpoint(run, *inputs, use_reentrant=False, **options)
 
-    def with_restored_cache(self, *inputs, cache, **options):
-        """The forward pass, which appends to the cache; then the cache as it was, for the next."""
-        own = cache.layers[self.index]
-        before = own.keys, own.values
-        try:
-            return self.forward(*inputs, cache=cache, **options)
-        finally:  # recomputing ends by an exception once all that is needed is there
-            own.keys, own.values = before
+    def from_cache(self, own):
+        """A `forward` that finds the layer's cache as it is now, however often it runs.
+
+        What it appends is dropped again: of the queries nothing is read later. Only the first run
+        over a prompt, of an MLLM that is trained too, leaves its keys and values for the queries.
+        """
+        begin = dict(vars(own))
+
+        def run(*inputs, **options):
+            entry = dict(vars(own))
+            vars(own).update(begin)
+            try:
+                return self.forward(*inputs, **options)
+            finally:  # recomputing ends by an exception once all that is needed is there
+                if begin["is_initialized"] or entry["is_initialized"]:
+                    vars(own).update(entry)
+
+        return run
 
 
 class InPieces:

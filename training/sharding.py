@@ -2,7 +2,9 @@
 
 Sharded, a process keeps its share of every trained weight, of its gradient and of AdamW's moments,
 all in float32. A unit's weights are gathered just before it runs, and freed after it: each layer of
-the connector, of the diffusion model and of a trained MLLM is a unit, and the root holds the rest.
+the connector and of the diffusion model is a unit, and the root holds the rest. A trained MLLM is
+in the root as a whole: gradient reaches its layers through the cached keys and values as well,
+where FSDP would not gather their weights again.
 With --shard-frozen the layers of frozen models are sharded too, but not the vision tower: a process
 whose prompts have no picture would not take part in gathering it, and the others would wait.
 
@@ -67,11 +69,13 @@ def layers_of(model):
 
 def units_of(model, shard_frozen):
     """The modules of a MetaQuery whose weights are gathered together, inner ones first, a list."""
-    decoder, embeddings = model.mllm.get_decoder(), model.mllm.get_input_embeddings()
-    head = model.mllm.get_output_embeddings()
-    units = [*layers_of(model), *decoder.layers, embeddings, decoder]
-    if head.weight is not embeddings.weight:
-        units.append(head)
+    units = layers_of(model)
+    if shard_frozen and not model.config.train_mllm:
+        decoder, embeddings = model.mllm.get_decoder(), model.mllm.get_input_embeddings()
+        units += [*decoder.layers, embeddings, decoder]
+        head = model.mllm.get_output_embeddings()
+        if head.weight is not embeddings.weight:
+            units.append(head)
     return [u for u in units if shard_frozen or any(p.requires_grad for p in u.parameters())]
 
 
@@ -82,8 +86,9 @@ def shard(model, device, shard_frozen=False):
     # Inputs keep their dtype: noise and σ would suffer from bfloat16.
     policy = MixedPrecisionPolicy(DTYPE, torch.float32, cast_forward_inputs=False)
     head, embeddings = model.mllm.get_output_embeddings(), model.mllm.get_input_embeddings()
-    is_shared = head.weight is embeddings.weight
-    for unit in units_of(model, shard_frozen):
+    units = units_of(model, shard_frozen)
+    is_shared = head.weight is embeddings.weight and embeddings in units
+    for unit in units:
         fully_shard(unit, mesh=mesh, mp_policy=policy)
     # The root holds the rest of what is trained; what is frozen and in no unit stays whole. Its
     # weights are freed after the forward pass too, so that no gathered copy outlives an update.
@@ -98,15 +103,25 @@ def shard(model, device, shard_frozen=False):
 
 
 def distribute(model, config, world, device):
-    """The model as the training step calls it: itself, in DDP, or itself sharded."""
+    """The model as the training step calls it: itself, in DDP, or itself sharded.
+
+    Raises InputError if it cannot be sharded.
+    """
     if world == 1:
         if config.shard:
             print("warning: --shard has no effect in one process: use torchrun.", file=sys.stderr)
         return model
+    if config.shard and model.config.train_mllm and config.stage != "pretrain":
+        # A process whose prompts have no picture has no gradient of the vision tower to sum.
+        todo = "use --stage pretrain, or leave out --shard"
+        raise InputError(f"--shard with --train-mllm takes prompts without pictures only: {todo}.")
     if config.shard:
         shard(model, device, config.shard_frozen)
         return model
-    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+    # A trained MLLM has parts that a step leaves out: its head, and without pictures its eye.
+    options["find_unused_parameters"] = model.config.train_mllm
+    return DistributedDataParallel(model, **options)
 
 
 def precision(wrapped, device):
