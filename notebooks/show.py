@@ -62,7 +62,10 @@ def show_results(table, names):
         return
     result = json.loads(path.read_text())
     settings = result["settings"]
-    print(f"{command}: {len(result['seeds'])} seeds, {settings['steps']} steps of training")
+    command += f" --seeds {len(result['seeds'])}"
+    for name in ("steps", "batch_size", "limit"):
+        command += f" --{name.replace('_', '-')} {settings[name]}"
+    print(command)
     width = 0.8 / len(result["arms"])
     figure, axis = plt.subplots(figsize=(1.5 + 1.3 * len(names), 2.6))
     for number, (label, arm) in enumerate(result["arms"].items()):
