@@ -141,7 +141,8 @@ def picture_lists(prompts, images):
     images = [None] * len(prompts) if images is None else list(images)
     if len(prompts) == 1 and images and all(isinstance(row, Image.Image) for row in images):
         images = [images]
-    images = [[row] if isinstance(row, Image.Image) else row or [] for row in images]
+    images = [[row] if isinstance(row, Image.Image) else row for row in images]
+    images = [[] if row is None else row for row in images]
     if len(images) != len(prompts):
         raise InputError(f"{len(images)} lists of images for {len(prompts)} prompts: give as many.")
     for row in images:
@@ -524,18 +525,19 @@ def loading(name, flag):
 def load_mllm(config, dtype):
     """(MLLM in evaluation mode, its processor; a text-only MLLM's tokenizer)."""
     name = config.mllm
-    auto_class = transformers.AutoModelForCausalLM
+    auto_model, auto_processor = transformers.AutoModelForCausalLM, transformers.AutoTokenizer
     with loading(name, "--mllm"):
         if hasattr(transformers.AutoConfig.from_pretrained(name), "vision_config"):
-            auto_class = transformers.AutoModelForImageTextToText
-        processor = transformers.AutoProcessor.from_pretrained(name)
+            auto_model = transformers.AutoModelForImageTextToText
+            auto_processor = transformers.AutoProcessor
+        processor = auto_processor.from_pretrained(name)
         if not processor.chat_template:
             todo = "copy chat_template.jinja of its Instruct version into the folder"
             raise InputError(f"{name} has no chat template: {todo}, or choose another --mllm.")
         tokenizer = getattr(processor, "tokenizer", processor)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         dtype = torch.float32 if config.train_mllm else dtype
-        return auto_class.from_pretrained(name, dtype=dtype).eval(), processor
+        return auto_model.from_pretrained(name, dtype=dtype).eval(), processor
 
 
 def load_diffusion(config, dtype):
