@@ -6,8 +6,10 @@ The models are saved in folders of exactly the hub's layout. A test imports the 
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -29,6 +31,15 @@ ROOT = Path(__file__).parent.parent
 TINY = ROOT / "weights" / "tiny"
 
 # ---- Command lines -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def handlers_restored():
+    """Commands set up how Ctrl-C and warnings are handled; other modules' tests keep theirs."""
+    handler, show = signal.getsignal(signal.SIGINT), warnings.showwarning
+    yield
+    signal.signal(signal.SIGINT, handler)
+    warnings.showwarning = show
 
 
 def environment(**changes):

@@ -8,7 +8,6 @@ import shutil
 import signal
 import sys
 import threading
-import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -38,14 +37,7 @@ from toy.documents import ToyWriter, write_documents
 from toy.pretrain_mllm import make_tokenizer
 from toy.scene import COLORS, SHAPES
 
-
-@pytest.fixture(autouse=True, scope="module")
-def what_commands_change():
-    """Commands set up how Ctrl-C and warnings are handled; the other tests keep theirs."""
-    handler, show = signal.getsignal(signal.SIGINT), warnings.showwarning
-    yield
-    signal.signal(signal.SIGINT, handler)
-    warnings.showwarning = show
+pytestmark = pytest.mark.usefixtures("handlers_restored")
 
 
 def unit(values):

@@ -3,11 +3,9 @@
 import gzip
 import io
 import json
-import signal
 import socket
 import threading
 import time
-import warnings
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -22,14 +20,7 @@ from data.documents import MAX_CAPTION, duplicates, open_blocks, read_documents
 from data.download import Downloader, Dropped, is_public
 from metaquery import InputError
 
-
-@pytest.fixture(autouse=True, scope="module")
-def what_commands_change():
-    """Commands set up how Ctrl-C and warnings are handled; the other tests keep theirs."""
-    handler, show = signal.getsignal(signal.SIGINT), warnings.showwarning
-    yield
-    signal.signal(signal.SIGINT, handler)
-    warnings.showwarning = show
+pytestmark = pytest.mark.usefixtures("handlers_restored")
 
 
 def as_bytes(picture, kind="PNG", **options):

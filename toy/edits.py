@@ -1,4 +1,4 @@
-"""The seven edits of a scene: an instruction in words, and the scene after it.
+"""The seven edits of a scene: an instruction as text, and the scene after it.
 
 EDITS names them. Each takes a random generator and a `Choice`, and returns (instruction, edited
 scene), or None where it does not suit the scene.

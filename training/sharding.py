@@ -119,7 +119,7 @@ def distribute(model, config, world, device):
         shard(model, device, config.shard_frozen)
         return model
     options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
-    # A trained MLLM has parts that a step leaves out: its head, and without pictures its eye.
+    # A trained MLLM has parts without a gradient: its head, and without pictures the vision tower.
     options["find_unused_parameters"] = model.config.train_mllm
     return DistributedDataParallel(model, **options)
 
