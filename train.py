@@ -43,6 +43,7 @@ from training.checkpoint import load_weights, lock, resume, save
 from training.kernels import checkpoint_layers, choose_attention
 from training.latents import CachedLatents
 from training.log import Log
+from training.prompts import CachedPrompts
 from training.sharding import (
     DTYPE,
     check_batch_size,
@@ -89,6 +90,7 @@ class TrainConfig:
     shard: bool = False  # split weights, gradients and optimizer over the processes (FSDP2)
     shard_frozen: bool = False  # with --shard: split the frozen language model too
     cache_latents: str = ""  # a folder that keeps each picture's latents, encoded once
+    cache_prompts: bool = False  # keep in memory what the frozen MLLM computes of each text prompt
     gradient_checkpointing: bool = False  # less memory, more time
     compile: bool = False  # compile the connector and the diffusion model
     device: str = ""  # cpu, cuda, ...; by default cuda if there is one
@@ -103,6 +105,8 @@ def build_model(config, changes, device):
     choose_attention(model.to(device))
     if config.cache_latents:
         model.encode_latents = CachedLatents(model, config.cache_latents)
+    if config.cache_prompts:
+        model.mllm.base_model.forward = CachedPrompts(model)
     if config.gradient_checkpointing:
         checkpoint_layers(model)
     if config.compile:

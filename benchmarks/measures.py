@@ -13,6 +13,8 @@ from types import SimpleNamespace
 
 from safetensors.torch import load_file
 
+from benchmarks.flags import MEASURES as FLAG_MEASURES
+from benchmarks.flags import measure_flags
 from benchmarks.toy import answer_share, scores
 from data.command_line import draw
 from metaquery import black_like
@@ -75,9 +77,14 @@ def other_prompt(prompt):
     return prompt.replace(thing, OTHER_OF_PAIR[thing])
 
 
-def measure(model, name, limit, seed):
-    """{name: figure} of one measure, on `limit` unseen cases; an edit's has several."""
+def measure(model, name, limit, seed, work=None):
+    """{name: figure} of one measure, on `limit` unseen cases; an edit's has several.
+
+    work: the folder in which flags/ is, for measures of flags.
+    """
     args = SimpleNamespace(**DRAWING, seed=seed, limit=limit, negative_prompt="")
+    if name in FLAG_MEASURES:
+        return measure_flags(model, name, args, work / "flags")
     if name == "answers":
         return {name: answer_share(model, args)}
     kind, _, change = name.partition(", ")

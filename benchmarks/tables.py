@@ -32,12 +32,14 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from benchmarks.frozen import PARTS, frozen_digest, run
+from benchmarks import flags, frozen
+from benchmarks.frozen import frozen_digest, run
 from benchmarks.measures import DRAWING, measure, print_table, save_figure, summary
 from data.command_line import begin, check_bounds, device_of, errors_in_one_line, writable
 from metaquery import MetaQuery, MetaQueryConfig
 from toy.tasks import SIX_KINDS
 
+IN_WORK = ("mllm", "diffusion", "data")  # fields that name folders in --work
 BOUNDS = {name: (1, 10**6) for name in ("seeds", "steps", "batch_size", "limit", "jobs")}
 
 # ---- The tables ----------------------------------------------------------------------------------
@@ -46,8 +48,9 @@ BOUNDS = {name: (1, 10**6) for name in ("seeds", "steps", "batch_size", "limit",
 class Arm(NamedTuple):
     """Fields of MetaQueryConfig that differ from the tiny preset's, and the stages of training."""
 
-    config: dict  # "mllm" may also be a folder in --work that benchmarks/frozen.py makes
+    config: dict  # "mllm" and "diffusion" are folders in --work that PARTS make
     stages: tuple = ("pretrain",)
+    run: dict = {}  # fields of TrainConfig that differ; "data" is a folder in --work
 
 
 class Table(NamedTuple):
@@ -63,6 +66,9 @@ CAPTIONS = (*SIX_KINDS, "dense")
 SUBJECTS = ("one subject", "two subjects")
 QUERIES = Arm({"num_queries": 16})  # as in the preset
 LAST_LAYER = Arm({"condition_on": "last_layer"})
+FLAGS = {"mllm": "flags/smollm2", "diffusion": "flags/diffusion"}
+FLAGS |= {"num_queries": 8, "connector_layers": 2}
+FLAG_QUERIES = Arm(FLAGS, run={"data": "flags/train", "cache_prompts": True})
 NUMBERS = (1, 2, 4, 8, 16, 32, 64)
 TABLES = {
     "knowledge": Table(  # Tables 6, 7 and 9
@@ -133,7 +139,18 @@ TABLES = {
         {"queries": QUERIES, "last layer": LAST_LAYER},
         ("attribution", "held-out", "two held-out", "position", "diagonal", "counting", "five"),
     ),
+    "flags": Table(  # see data/flags.py and benchmarks/flags.py
+        "queries carry what a real language model knows of countries to their flags",
+        {
+            "queries": FLAG_QUERIES,
+            "random queries": FLAG_QUERIES._replace(config=FLAGS | {"condition_on": "random"}),
+            "last layer": FLAG_QUERIES._replace(config=FLAGS | {"condition_on": "last_layer"}),
+            "shuffled LLM": FLAG_QUERIES._replace(config=FLAGS | {"mllm": "flags/shuffled"}),
+        },
+        tuple(flags.MEASURES),
+    ),
 }
+PARTS = frozen.PARTS | {"flags": flags.make_flags}
 
 # ---- Training and scoring ------------------------------------------------------------------------
 
@@ -141,7 +158,8 @@ TABLES = {
 def folder_of(arm, seed, args):
     """Where an arm's training for a seed is kept; arms that are the same share it."""
     preset = asdict(MetaQueryConfig.preset("tiny"))
-    changes = sorted(f"{name}={x}" for name, x in arm.config.items() if x != preset[name])
+    fields = arm.config | arm.run
+    changes = sorted(f"{name}={x}" for name, x in fields.items() if x != preset.get(name))
     arm_name = ",".join(["+".join(arm.stages), *changes]).replace("/", "-")
     return args.work / f"{frozen_digest()}-{args.steps}x{args.batch_size}" / arm_name / f"{seed}"
 
@@ -151,14 +169,13 @@ def train(arm, seed, args):
     out = folder_of(arm, seed, args)
     if (out / f"step-{args.steps:08d}").exists():
         return
-    flags = {"size": "tiny", "stage": arm.stages[-1], "seed": seed, "out": out, "keep": 1}
-    flags |= {"steps": args.steps, "batch_size": args.batch_size, "warmup": args.steps // 10}
-    flags |= {"save_every": 100, "sample_every": args.steps} | arm.config
-    if "mllm" in arm.config:
-        flags["mllm"] = args.work / arm.config["mllm"]
+    given = {"size": "tiny", "stage": arm.stages[-1], "seed": seed, "out": out, "keep": 1}
+    given |= {"steps": args.steps, "batch_size": args.batch_size, "warmup": args.steps // 10}
+    given |= {"save_every": 100, "sample_every": args.steps} | arm.config | arm.run
+    given |= {name: args.work / given[name] for name in IN_WORK if name in given}
     if len(arm.stages) > 1:
-        flags["checkpoint"] = folder_of(arm._replace(stages=arm.stages[:-1]), seed, args)
-    pairs = ((f"--{name.replace('_', '-')}", value) for name, value in flags.items())
+        given["checkpoint"] = folder_of(arm._replace(stages=arm.stages[:-1]), seed, args)
+    pairs = ((f"--{name.replace('_', '-')}", value) for name, value in given.items())
     run(["train.py", *chain.from_iterable(pairs)], out.with_suffix(".log"))
 
 
@@ -185,7 +202,7 @@ def score_arm(arm, measures, seed, args):
     if missing:
         model = MetaQuery.from_pretrained(out).to(device_of(""), torch.bfloat16).eval()
         for name in missing:
-            kept[name] = measure(model, name, args.limit, seed)
+            kept[name] = measure(model, name, args.limit, seed, args.work)
             path.write_text(json.dumps(kept, indent=2) + "\n")
     return {name: kept[name] for name in measures}
 

@@ -36,6 +36,13 @@ from toy.scene import random_scene, read, render, score
 from toy.tasks import CAPTION_KINDS, SIX_KINDS, task
 
 
+def redraw_loss(vae, pixels):
+    """L1 + L2 between pictures (B, 3, H, W) in [-1, 1] and what the VAE makes of them."""
+    pixels = pixels.to(memory_format=torch.channels_last)
+    redrawn = vae(pixels).sample.float()
+    return F.l1_loss(redrawn, pixels) + F.mse_loss(redrawn, pixels)
+
+
 def train_vae(run):
     """A DC-AE: 64x64x3 to 8x8x8, plain L1 + L2."""
     channels = (32, 32, 64, 128)
@@ -57,9 +64,7 @@ def train_vae(run):
         return {"pixels": pictures_to_tensor([render(scene) for scene in scenes])}
 
     def loss_of(batch):
-        pixels = batch["pixels"].to(memory_format=torch.channels_last)
-        redrawn = vae(pixels).sample.float()
-        return F.l1_loss(redrawn, pixels) + F.mse_loss(redrawn, pixels)
+        return redraw_loss(vae, batch["pixels"])
 
     @torch.no_grad()
     def evaluate():
@@ -99,6 +104,35 @@ def caption_states(language, skip, input_ids, attention_mask):
     return states[:, skip:].float(), attention_mask[:, skip:]
 
 
+def velocity_loss(sana, vae, pixels, states, mask):
+    """The flow's loss of pictures (B, 3, H, W) for captions' states (B, L, c) and mask (B, L).
+
+    Noise levels are drawn logit-normal, as Sana's were: most of them are in the middle.
+    """
+    with torch.no_grad():
+        z = vae.encode(pixels).latent.float() * vae.config.scaling_factor
+    sigma = torch.randn(len(z), device=z.device).sigmoid()
+    noise = torch.randn_like(z)
+    noisy = z + sigma.view(-1, 1, 1, 1) * (noise - z)
+    velocity = sana(noisy, states, 1000 * sigma, encoder_attention_mask=mask).sample
+    return F.mse_loss(velocity.float(), noise - z)
+
+
+@torch.no_grad()
+def draw(sana, vae, scheduler, states, mask, steps=20, guidance=3):
+    """Pictures (B, 3, 64, 64) in [-1, 1] for states (2B, L, c), first those of B empty captions."""
+    device = states.device
+    scheduler.set_timesteps(steps)
+    z = torch.randn(len(states) // 2, 8, 8, 8, device=device)
+    for t in scheduler.timesteps:
+        with torch.autocast(device.type, torch.bfloat16):
+            times = t.expand(len(states)).to(device)
+            v = sana(z.repeat(2, 1, 1, 1), states, times, encoder_attention_mask=mask).sample
+        free, asked = v.float().chunk(2)
+        z = scheduler.step(free + guidance * (asked - free), t, z).prev_sample
+    return vae.decode(z / vae.config.scaling_factor).sample.clamp(-1, 1)
+
+
 def train_diffusion(run):
     """A toy Sana on captions alone: 8x8 latents, 6 layers, 192 wide, flow matching."""
     tokenizer = AutoProcessor.from_pretrained(run.out / "mllm").tokenizer
@@ -133,14 +167,9 @@ def train_diffusion(run):
         return {"pixels": pixels, **caption_inputs(tokenizer, prompts)}
 
     def loss_of(batch):
-        with torch.no_grad():
-            z = vae.encode(batch.pop("pixels")).latent.float() * vae.config.scaling_factor
+        pixels = batch.pop("pixels")
         states, mask = caption_states(language, skip, **batch)
-        sigma = torch.randn(len(z), device=z.device).sigmoid()
-        noise = torch.randn_like(z)
-        noisy = z + sigma.view(-1, 1, 1, 1) * (noise - z)
-        velocity = sana(noisy, states, 1000 * sigma, encoder_attention_mask=mask).sample
-        return F.mse_loss(velocity.float(), noise - z)
+        return velocity_loss(sana, vae, pixels, states, mask)
 
     @torch.no_grad()
     def evaluate(number=16):
@@ -149,15 +178,7 @@ def train_diffusion(run):
             tasks = [task(kind, i, split="test") for i in range(number)]
             inputs = caption_inputs(tokenizer, [""] * number + [each.prompt for each in tasks])
             states, mask = caption_states(language, skip, **to_device(inputs, run.device))
-            scheduler.set_timesteps(20)
-            z = torch.randn(number, 8, 8, 8, device=run.device)
-            for t in scheduler.timesteps:
-                two, times = z.repeat(2, 1, 1, 1), t.expand(2 * number).to(run.device)
-                with torch.autocast(run.device, torch.bfloat16):
-                    v = sana(two, states, times, encoder_attention_mask=mask).sample
-                free, asked = v.float().chunk(2)
-                z = scheduler.step(free + 3 * (asked - free), t, z).prev_sample
-            pixels = vae.decode(z / vae.config.scaling_factor).sample.clamp(-1, 1)
+            pixels = draw(sana, vae, scheduler, states, mask)
             arrays = ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
             pictures = [Image.fromarray(array) for array in arrays]
             cases = zip(pictures, tasks, strict=True)
@@ -167,12 +188,19 @@ def train_diffusion(run):
         return right
 
     fit("diffusion", [sana], make, loss_of, 1e-3, run, evaluate)
-    sana.to(torch.bfloat16).save_pretrained(run.out / "diffusion" / "transformer")
-    scheduler.save_pretrained(run.out / "diffusion" / "scheduler")
+    save_pipeline(run.out / "diffusion", sana, vae, scheduler)
+
+
+def save_pipeline(folder, sana, vae, scheduler):
+    """Save the parts in bfloat16, in the layout of a Sana pipeline on the hub."""
     parts = {"transformer": sana, "vae": vae, "scheduler": scheduler}
     index = {"_class_name": "SanaPipeline", "_diffusers_version": diffusers_version}
     index |= {name: ["diffusers", type(part).__name__] for name, part in parts.items()}
-    (run.out / "diffusion" / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    sana.to(torch.bfloat16)
+    vae.to(torch.bfloat16)
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 class Part(NamedTuple):

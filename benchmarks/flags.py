@@ -1,0 +1,275 @@
+"""Flags drawn from what a frozen language model knows: the experiment's parts, and its scorer.
+
+    python -m benchmarks.tables flags           train and score all arms, three seeds each
+    python -m benchmarks.flags --checkpoint DIR --data runs/tables/flags
+
+The second asks one model for the flags of all countries whose capitals were held out, and its LLM
+for their names in text. It writes NAME.json, what each question came to, and NAME.png: drawn flags,
+each beside the right one.
+
+`make_flags` makes what the arms share, in this order: pictures and prompts (data/flags.py); the
+language model, and one whose weights are shuffled; the toy VAE and the toy diffusion model, trained
+on to draw the flags by name. The diffusion model reads a caption as a bag of words, each a fixed
+random vector: it has heard every country's name, and knows nothing else of them.
+"""
+
+import argparse
+import json
+import zlib
+from itertools import product
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaTransformer2DModel
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.frozen import run
+from data.command_line import (
+    DRAWING_BOUNDS,
+    add_drawing_options,
+    begin,
+    check_bounds,
+    draw,
+    errors_in_one_line,
+    load_model,
+    stop,
+    writable,
+)
+from data.flags import LLM, flags, questions
+from data.pictures import grid, save_picture
+from metaquery import TINY
+from toy.fit import Run, fit, pictures_to_tensor
+from toy.pretrain import draw as draw_captions
+from toy.pretrain import redraw_loss, save_pipeline, velocity_loss
+
+SHUFFLED = "shuffled"  # the folder of the language model with shuffled weights
+VAE_STEPS, DIFFUSION_STEPS = 600, 2000
+CAPTION_SCALE = 5.5**0.5  # of captions' states: that at which a connector starts
+
+# Measures of benchmarks/tables.py: of which split, and of which relation.
+MEASURES = {
+    "by name": ("trained", "name"),
+    "by name, new wordings": ("new wording", "name"),
+    "by capital, trained": ("trained", "capital"),
+    "by capital": ("held-out", "capital"),
+    "by currency": ("held-out", "currency"),
+    "by neighbours": ("held-out", "neighbours"),
+    "by place or person": ("held-out", "place"),
+    "by city, never trained": ("never trained", "city"),
+    "by domain, never trained": ("never trained", "domain"),
+}
+
+# ---- The frozen parts ----------------------------------------------------------------------------
+
+
+def shuffle_llm(source, folder):
+    """The language model with the numbers of each weight matrix in random order."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(source)
+    for parameter in model.parameters():
+        order = torch.randperm(parameter.numel())
+        parameter.data = parameter.data.flatten()[order].view_as(parameter)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    model.save_pretrained(folder)
+
+
+def bag_of_words(captions, width):
+    """(B, L, width) and a mask (B, L): of each caption's words a fixed random vector.
+
+    Every caption begins with the empty word, so that an empty one has a state too.
+    """
+    words = [["", *caption.split()] for caption in captions]
+    vectors = {}
+    for word in {word for row in words for word in row}:
+        generator = torch.Generator().manual_seed(zlib.crc32(word.encode()))
+        vectors[word] = CAPTION_SCALE * torch.randn(width, generator=generator)
+    states = [torch.stack([vectors[word] for word in row]) for row in words]
+    mask = [torch.ones(len(row), dtype=torch.long) for row in words]
+    return pad_sequence(states, batch_first=True), pad_sequence(mask, batch_first=True)
+
+
+def train_flag_vae(parts, pictures):
+    """The toy VAE, trained on to redraw flags."""
+    vae = AutoencoderDC.from_pretrained(TINY / "diffusion" / "vae", torch_dtype=torch.float32)
+    vae = vae.to(memory_format=torch.channels_last)
+    pixels = pictures_to_tensor(list(pictures.values()))
+
+    def make(rng):
+        return {"pixels": pixels[rng.choices(range(len(pixels)), k=parts.batch_size)]}
+
+    def loss_of(batch):
+        return redraw_loss(vae, batch["pixels"])
+
+    @torch.no_grad()
+    def evaluate():
+        latents = vae.encode(pixels).latent
+        vae.register_to_config(scaling_factor=1 / latents.std().item())
+        redrawn = vae.decode(latents).sample.clamp(-1, 1)
+        return {"redrawn flags that are nearest themselves": share_right(redrawn, pixels)}
+
+    fit("vae", [vae], make, loss_of, 1e-3, parts, evaluate, VAE_STEPS)
+    return vae
+
+
+def train_flag_diffusion(parts, vae, pictures):
+    """The toy diffusion model, trained on to draw flags by captions that name them."""
+    sana = SanaTransformer2DModel.from_pretrained(
+        TINY / "diffusion" / "transformer", torch_dtype=torch.float32
+    )
+    scheduler = DPMSolverMultistepScheduler.from_pretrained(TINY / "diffusion" / "scheduler")
+    rows = questions(parts.out, "trained", "name")
+    width = sana.config.caption_channels
+    pixels = {code: pictures_to_tensor([picture])[0] for code, picture in pictures.items()}
+
+    def make(rng):
+        chosen = rng.choices(rows, k=parts.batch_size)
+        captions = ["" if rng.random() < 0.1 else row["text"] for row in chosen]
+        states, mask = bag_of_words(captions, width)
+        targets = torch.stack([pixels[Path(row["file_name"]).stem] for row in chosen])
+        return {"pixels": targets, "states": states, "mask": mask}
+
+    def loss_of(batch):
+        return velocity_loss(sana, vae, batch["pixels"], batch["states"], batch["mask"])
+
+    def evaluate():
+        one_each = list({row["file_name"]: row for row in rows}.values())
+        captions = [""] * len(one_each) + [row["text"] for row in one_each]
+        drawn = draw_captions(sana, vae, scheduler, *bag_of_words(captions, width))
+        return {"flags drawn by name": share_right(drawn, torch.stack(list(pixels.values())))}
+
+    fit("diffusion", [sana], make, loss_of, 1e-3, parts, evaluate, DIFFUSION_STEPS)
+    return sana, scheduler
+
+
+def make_flags(folder):
+    """Make all that the arms share in a folder, but for what is there already."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / LLM / "config.json").exists():
+        run(["-m", "data.flags", "--out", folder], folder.with_suffix(".log"))
+    if not (folder / SHUFFLED / "config.json").exists():
+        shuffle_llm(folder / LLM, folder / SHUFFLED)
+    if not (folder / "diffusion" / "model_index.json").exists():
+        torch.manual_seed(0)
+        parts = Run(folder, DIFFUSION_STEPS, batch_size=32)
+        pictures = flags(folder)
+        vae = train_flag_vae(parts, pictures)
+        sana, scheduler = train_flag_diffusion(parts, vae, pictures)
+        save_pipeline(folder / "diffusion", sana, vae, scheduler)
+
+
+# ---- The scorer ----------------------------------------------------------------------------------
+
+
+def nearest(drawn, known):
+    """The indices of `known` (F, 3, H, W), the nearest first, for each of `drawn` (B, 3, H, W).
+
+    Returns (B, F). Pictures are near if the mean squared difference of their pixels is small.
+    """
+    return torch.cdist(drawn.flatten(1), known.flatten(1)).argsort(1)
+
+
+def share_right(drawn, known):
+    """The share of drawn pictures whose nearest of as many known ones is the one at their index.
+
+    Flags that are the same picture, as Chad's and Romania's are here, count as each other.
+    """
+    first = nearest(drawn, known)[:, 0]
+    return (known[first] == known).flatten(1).all(1).float().mean().item()
+
+
+def ask(model, rows, args, known):
+    """Draw rows of `questions`: for each its picture, and the five nearest flags' country codes.
+
+    known: {country code: PIL image}. Of flags that are the same picture, the code asked for counts.
+    """
+    pictures = [drawn[0] for drawn in draw(model, [(row["text"], []) for row in rows], args)]
+    pixels = pictures_to_tensor(list(known.values()))
+    codes = list(known)
+    found = []
+    for row, order in zip(rows, nearest(pictures_to_tensor(pictures), pixels), strict=True):
+        asked = codes.index(Path(row["file_name"]).stem)
+        is_same = (pixels == pixels[asked]).flatten(1).all(1)
+        order = [asked if is_same[i] else i for i in order.tolist()]
+        found.append([codes[i] for i in dict.fromkeys(order)][:5])
+    return pictures, found
+
+
+def unseen_questions(folder, name, limit):
+    """`limit` questions of a measure, evenly spread over them and so over the countries."""
+    rows = questions(folder, *MEASURES[name])
+    limit = min(limit, len(rows))
+    return [rows[i * len(rows) // limit] for i in range(limit)]
+
+
+def measure_flags(model, name, args, folder):
+    """{name: share whose nearest flag is the right one, and among the nearest five}."""
+    rows = unseen_questions(folder, name, args.limit)
+    _, found = ask(model, rows, args, flags(folder))
+    asked = [Path(row["file_name"]).stem for row in rows]
+    top_1 = [code == codes[0] for code, codes in zip(asked, found, strict=True)]
+    top_5 = [code in codes for code, codes in zip(asked, found, strict=True)]
+    return {name: sum(top_1) / len(rows), f"{name}, top 5": sum(top_5) / len(rows)}
+
+
+# ---- One model, case by case ---------------------------------------------------------------------
+
+START = "the flag of "  # of the prompts that are also asked in text
+
+
+def ask_in_text(model, row):
+    """The LLM's own answer to a prompt's question: "Which is the country whose capital is ...?" """
+    return model.answer(f"Which is {row['text'].removeprefix(START)}?", max_new_tokens=40)
+
+
+def cases_of(model, folder, args):
+    """(cases, pictures): what each question about a held-out capital came to, and its drawing."""
+    rows = [row for row in questions(folder, *MEASURES["by capital"])]
+    rows = [row for row in rows if row["text"].startswith(START)][: args.limit]
+    pictures, found = ask(model, rows, args, flags(folder))
+    cases = []
+    for row, codes in zip(tqdm(rows, "answering"), found, strict=True):
+        code = Path(row["file_name"]).stem
+        answer = ask_in_text(model, row)
+        case = {"asked": row["text"], "country": row["country"], "code": code, "nearest": codes}
+        case |= {"drawn": code == codes[0], "answer": answer, "known": row["country"] in answer}
+        cases.append(case)
+    return cases, pictures
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    begin(parser)
+    add = parser.add_argument
+    add("--data", default="runs/tables/flags", help="the folder of flags (runs/tables/flags)")
+    add("--limit", type=int, default=1000, help="how many questions (all)")
+    add("--out", default="runs/flags.json", help="what each came to (runs/flags.json)")
+    add_drawing_options(parser)
+    args = parser.parse_args()
+    check_bounds(vars(args), DRAWING_BOUNDS)
+    out, folder = writable(args.out, is_folder=False), Path(args.data)
+    if not args.checkpoint:
+        stop("which model? Give --checkpoint DIR, a folder that benchmarks.tables flags trained.")
+    if not (folder / "test.jsonl").exists():
+        stop(f"--data {folder} has no questions: python -m data.flags --out {folder}.")
+    with errors_in_one_line():
+        cases, pictures = cases_of(load_model(args), folder, args)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(cases, indent=1, ensure_ascii=False) + "\n")
+        right = flags(folder)
+        pairs = [[drawn, right[case["code"]]] for drawn, case in zip(pictures, cases, strict=True)]
+        save_picture(
+            grid([picture for pair in pairs for picture in pair], 16), out.with_suffix(".png")
+        )
+    for drawn, known in product((True, False), repeat=2):
+        number = sum(case["drawn"] == drawn and case["known"] == known for case in cases)
+        words = f"{'' if known else 'not '}named in text, {'' if drawn else 'not '}drawn"
+        print(f"{words:>32}  {number} of {len(cases)}")
+    print(f"wrote {out} and {out.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    main()
