@@ -13,8 +13,8 @@ from types import SimpleNamespace
 
 from safetensors.torch import load_file
 
-from benchmarks.flags import MEASURES as FLAG_MEASURES
-from benchmarks.flags import measure_flags
+from benchmarks.real_knowledge import MEASURES as FLAG_MEASURES
+from benchmarks.real_knowledge import measure_flags
 from benchmarks.toy import answer_share, scores
 from data.command_line import draw
 from metaquery import black_like

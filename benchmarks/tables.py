@@ -32,7 +32,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from benchmarks import flags, frozen
+from benchmarks import frozen, real_knowledge
 from benchmarks.frozen import frozen_digest, run
 from benchmarks.measures import DRAWING, measure, print_table, save_figure, summary
 from data.command_line import begin, check_bounds, device_of, errors_in_one_line, writable
@@ -139,7 +139,7 @@ TABLES = {
         {"queries": QUERIES, "last layer": LAST_LAYER},
         ("attribution", "held-out", "two held-out", "position", "diagonal", "counting", "five"),
     ),
-    "flags": Table(  # see data/flags.py and benchmarks/flags.py
+    "flags": Table(  # see data/flags.py and benchmarks/real_knowledge.py
         "queries carry what a real language model knows of countries to their flags",
         {
             "queries": FLAG_QUERIES,
@@ -147,10 +147,10 @@ TABLES = {
             "last layer": FLAG_QUERIES._replace(config=FLAGS | {"condition_on": "last_layer"}),
             "shuffled LLM": FLAG_QUERIES._replace(config=FLAGS | {"mllm": "flags/shuffled"}),
         },
-        tuple(flags.MEASURES),
+        tuple(real_knowledge.MEASURES),
     ),
 }
-PARTS = frozen.PARTS | {"flags": flags.make_flags}
+PARTS = frozen.PARTS | {"flags": real_knowledge.make_flags}
 
 # ---- Training and scoring ------------------------------------------------------------------------
 

@@ -1,11 +1,11 @@
 """Flags drawn from what a frozen language model knows: the experiment's parts, and its scorer.
 
     python -m benchmarks.tables flags           train and score all arms, three seeds each
-    python -m benchmarks.flags --checkpoint DIR --data runs/tables/flags
+    python -m benchmarks.real_knowledge --checkpoint DIR --data runs/tables/flags
 
 The second asks one model for the flags of all countries whose capitals were held out, and its LLM
-for their names in text. It writes NAME.json, what each question came to, and NAME.png: drawn flags,
-each beside the right one.
+for their names in text. --out gets what each question came to, and a .png beside it some drawn
+flags, each left of the right one.
 
 `make_flags` makes what the arms share, in this order: pictures and prompts (data/flags.py); the
 language model, and one whose weights are shuffled; the toy VAE and the toy diffusion model, trained
@@ -16,7 +16,7 @@ random vector: it has heard every country's name, and knows nothing else of them
 import argparse
 import json
 import zlib
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 
 import torch
@@ -109,7 +109,7 @@ def train_flag_vae(parts, pictures):
         redrawn = vae.decode(latents).sample.clamp(-1, 1)
         return {"redrawn flags that are nearest themselves": share_right(redrawn, pixels)}
 
-    fit("vae", [vae], make, loss_of, 1e-3, parts, evaluate, VAE_STEPS)
+    fit("vae", [vae], make, loss_of, 1e-3, parts, evaluate)
     return vae
 
 
@@ -139,8 +139,8 @@ def train_flag_diffusion(parts, vae, pictures):
         drawn = draw_captions(sana, vae, scheduler, *bag_of_words(captions, width))
         return {"flags drawn by name": share_right(drawn, torch.stack(list(pixels.values())))}
 
-    fit("diffusion", [sana], make, loss_of, 1e-3, parts, evaluate, DIFFUSION_STEPS)
-    return sana, scheduler
+    fit("diffusion", [sana], make, loss_of, 1e-3, parts, evaluate)
+    return sana, vae, scheduler
 
 
 def make_flags(folder):
@@ -150,13 +150,15 @@ def make_flags(folder):
         run(["-m", "data.flags", "--out", folder], folder.with_suffix(".log"))
     if not (folder / SHUFFLED / "config.json").exists():
         shuffle_llm(folder / LLM, folder / SHUFFLED)
-    if not (folder / "diffusion" / "model_index.json").exists():
-        torch.manual_seed(0)
+    pictures, pipeline = flags(folder), folder / "diffusion"
+    torch.manual_seed(0)
+    if not (pipeline / "vae" / "config.json").exists():
+        parts = Run(folder, VAE_STEPS, batch_size=32)
+        train_flag_vae(parts, pictures).save_pretrained(pipeline / "vae")
+    if not (pipeline / "model_index.json").exists():
         parts = Run(folder, DIFFUSION_STEPS, batch_size=32)
-        pictures = flags(folder)
-        vae = train_flag_vae(parts, pictures)
-        sana, scheduler = train_flag_diffusion(parts, vae, pictures)
-        save_pipeline(folder / "diffusion", sana, vae, scheduler)
+        vae = AutoencoderDC.from_pretrained(pipeline / "vae").eval()
+        save_pipeline(pipeline, *train_flag_diffusion(parts, vae, pictures))
 
 
 # ---- The scorer ----------------------------------------------------------------------------------
@@ -215,6 +217,7 @@ def measure_flags(model, name, args, folder):
 
 # ---- One model, case by case ---------------------------------------------------------------------
 
+SHOWN = 24  # questions whose drawings are saved
 START = "the flag of "  # of the prompts that are also asked in text
 
 
@@ -224,18 +227,22 @@ def ask_in_text(model, row):
 
 
 def cases_of(model, folder, args):
-    """(cases, pictures): what each question about a held-out capital came to, and its drawing."""
-    rows = [row for row in questions(folder, *MEASURES["by capital"])]
+    """What each question about a held-out capital came to: its case, its drawing, and its flag."""
+    rows = questions(folder, *MEASURES["by capital"])
     rows = [row for row in rows if row["text"].startswith(START)][: args.limit]
-    pictures, found = ask(model, rows, args, flags(folder))
+    country_of = {row["file_name"]: row["country"] for row in questions(folder)}
+    known = flags(folder)
+    pictures, found = ask(model, rows, args, known)
     cases = []
     for row, codes in zip(tqdm(rows, "answering"), found, strict=True):
-        code = Path(row["file_name"]).stem
         answer = ask_in_text(model, row)
-        case = {"asked": row["text"], "country": row["country"], "code": code, "nearest": codes}
-        case |= {"drawn": code == codes[0], "answer": answer, "known": row["country"] in answer}
+        case = {"asked": row["text"], "country": row["country"]}
+        case["nearest"] = [country_of[f"{code}.png"] for code in codes]
+        case["drawn"] = case["nearest"][0] == row["country"]
+        case["answer"] = answer
+        case["known"] = row["country"] in answer
         cases.append(case)
-    return cases, pictures
+    return cases, pictures, [known[Path(row["file_name"]).stem] for row in rows]
 
 
 def main():
@@ -256,19 +263,17 @@ def main():
     if not (folder / "test.jsonl").exists():
         stop(f"--data {folder} has no questions: python -m data.flags --out {folder}.")
     with errors_in_one_line():
-        cases, pictures = cases_of(load_model(args), folder, args)
+        cases, pictures, right = cases_of(load_model(args), folder, args)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(cases, indent=1, ensure_ascii=False) + "\n")
-        right = flags(folder)
-        pairs = [[drawn, right[case["code"]]] for drawn, case in zip(pictures, cases, strict=True)]
-        save_picture(
-            grid([picture for pair in pairs for picture in pair], 16), out.with_suffix(".png")
-        )
+        pairs = [*chain.from_iterable(zip(pictures, right, strict=True))][: 2 * SHOWN]
+        sheet, credit = out.with_suffix(".png"), "flags: OpenMoji, CC BY-SA 4.0"
+        save_picture(grid(pairs, 12), sheet, license=credit)
     for drawn, known in product((True, False), repeat=2):
         number = sum(case["drawn"] == drawn and case["known"] == known for case in cases)
         words = f"{'' if known else 'not '}named in text, {'' if drawn else 'not '}drawn"
         print(f"{words:>32}  {number} of {len(cases)}")
-    print(f"wrote {out} and {out.with_suffix('.png')}")
+    print(f"wrote {out} and {sheet}")
 
 
 if __name__ == "__main__":

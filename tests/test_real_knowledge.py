@@ -1,0 +1,98 @@
+"""Flags by what a language model knows: the arms' parts, and which flag a drawing is nearest to."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForCausalLM
+
+from benchmarks import real_knowledge
+from benchmarks.real_knowledge import bag_of_words, make_flags, measure_flags, nearest, share_right
+from metaquery import MetaQuery, MetaQueryConfig
+
+COLORS = {"AA": "red", "BB": "green", "CC": "blue", "DD": "blue"}  # two have the same flag
+ARGS = {"steps": 2, "guidance": 1.0, "image_guidance": 1.0, "num_images": 1, "seed": 0}
+
+
+@pytest.fixture(scope="module")
+def folder(parts, tmp_path_factory):
+    """What data.flags writes, of four countries, with a random language model."""
+    folder = tmp_path_factory.mktemp("flags")
+    (folder / "train").mkdir()
+    rows = []
+    for code, color in COLORS.items():
+        Image.new("RGB", (64, 64), color).save(folder / "train" / f"{code}.png")
+        common = {"file_name": f"{code}.png", "country": color}
+        rows.append({"text": f"the flag of {code}", "relation": "name", "split": "trained"})
+        rows.append({"text": f"the flag of {code}'s capital", "relation": "capital"})
+        rows[-1]["split"] = "held-out"
+        rows[-2:] = [common | row for row in rows[-2:]]
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.copytree(parts / "qwen", folder / "smollm2")
+    return folder
+
+
+def test_a_caption_is_a_bag_of_fixed_vectors():
+    states, mask = bag_of_words(["the flag of France", "France", ""], 8)
+    again, _ = bag_of_words(["France"], 8)
+    assert states.shape == (3, 5, 8) and mask.tolist() == [
+        [1] * 5,
+        [1, 1, 0, 0, 0],
+        [1, 0, 0, 0, 0],
+    ]
+    assert torch.equal(states[0, 4], states[1, 1]) and torch.equal(again[0], states[1, :2])
+    assert not torch.equal(states[0, 1], states[0, 2])
+
+
+def test_a_drawing_counts_as_the_flag_it_is_nearest_to():
+    known = torch.zeros(3, 3, 2, 2)
+    known[1], known[2] = 1, 2
+    drawn = torch.full((3, 3, 2, 2), 1.4)
+    assert nearest(drawn, known)[0].tolist() == [1, 2, 0]
+    assert share_right(drawn, known) == pytest.approx(1 / 3)
+    known[2] = 1  # the same picture as the second
+    assert share_right(drawn, known) == pytest.approx(2 / 3)
+
+
+def test_shares_count_the_nearest_and_the_nearest_five(folder, monkeypatch):
+    drawn = {"AA": "red", "BB": "darkred", "CC": "blue", "DD": "navy"}
+
+    def draw(model, rows, args):
+        codes = [prompt.split()[3].removesuffix("'s") for prompt, _ in rows]
+        return [[Image.new("RGB", (64, 64), drawn[code])] for code in codes]
+
+    monkeypatch.setattr(real_knowledge, "draw", draw)
+    figures = measure_flags(None, "by capital", SimpleNamespace(limit=10), folder)
+    assert figures == {"by capital": 0.75, "by capital, top 5": 1.0}  # all but BB
+    rows = real_knowledge.unseen_questions(folder, "by capital", 2)
+    assert [row["file_name"] for row in rows] == ["AA.png", "CC.png"]
+
+
+def test_the_parts_are_made_once_and_draw(folder, monkeypatch):
+    monkeypatch.setattr(real_knowledge, "VAE_STEPS", 2)
+    monkeypatch.setattr(real_knowledge, "DIFFUSION_STEPS", 2)
+    make_flags(folder)
+    first = (folder / "diffusion" / "model_index.json").stat().st_mtime_ns
+    make_flags(folder)
+    assert (folder / "diffusion" / "model_index.json").stat().st_mtime_ns == first
+    llm, shuffled = (
+        AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32).state_dict()
+        for name in ("smollm2", "shuffled")
+    )
+    for name, weight in llm.items():
+        assert torch.equal(weight.flatten().sort()[0], shuffled[name].flatten().sort()[0])
+        assert weight.unique().numel() < 2 or not torch.equal(weight, shuffled[name])
+    parts = [str(folder / name) for name in ("shuffled", "diffusion")]
+    model = MetaQuery(MetaQueryConfig(*parts, num_queries=2, connector_layers=1)).eval()
+    figures = measure_flags(
+        model, "by capital", SimpleNamespace(**ARGS, limit=4, negative_prompt=""), folder
+    )
+    assert set(figures) == {"by capital", "by capital, top 5"}
+    cases, pictures, right = real_knowledge.cases_of(
+        model, folder, SimpleNamespace(**ARGS, limit=2, negative_prompt="")
+    )
+    assert [case["country"] for case in cases] == ["red", "green"] and len(cases[0]["nearest"]) == 4
+    assert pictures[0].size == right[0].size == (64, 64)
