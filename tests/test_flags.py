@@ -1,22 +1,27 @@
 """Flags and what is known of their countries: no answer is given away, nothing tested is trained.
 
-The packages that hold the drawings and the facts must be installed.
+They need the packages that hold the drawings and the facts.
 """
 
 import json
 import re
 import sys
 from collections import Counter
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
 from conftest import ROOT, check_refused, run
 from PIL import Image
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data.flags
 from data.facts import COMMON, NEVER_TRAINED, WORDINGS, gives_away, neighbours, read_facts
 from data.flags import draw_flag, flags, parse_flags, questions, write_flags
 from data.sources import open_dataset, standardize
+
+for package in data.flags.PACKAGES:
+    pytest.importorskip(package)
 
 
 @pytest.fixture(scope="module")
@@ -203,3 +208,18 @@ def test_the_language_model_is_not_needed_twice(tmp_path, monkeypatch, handlers_
 def test_bad_flags_are_one_line(tmp_path):
     done = run([sys.executable, "-m", "data.flags", "--out", str(tmp_path / "o"), "--size", "8"])
     check_refused(done, "--size is 8")
+
+
+def test_the_language_model_knows_a_capital(tmp_path):
+    """The packaged weights, read and saved again, answer as a language model does."""
+    for package in data.flags.LLM_PACKAGES:
+        if not find_spec(package):
+            pytest.skip(f"{package} is not installed")
+    data.flags.write_llm(tmp_path / "smollm2")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "smollm2")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "smollm2")
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    inputs = tokenizer(text, return_tensors="pt")["input_ids"]
+    said = model.generate(inputs, max_new_tokens=12, do_sample=False)[0, inputs.shape[1] :]
+    assert "Paris" in tokenizer.decode(said)
