@@ -68,7 +68,8 @@ QUERIES = Arm({"num_queries": 16})  # as in the preset
 LAST_LAYER = Arm({"condition_on": "last_layer"})
 FLAGS = {"mllm": "flags/smollm2", "diffusion": "flags/diffusion"}
 FLAGS |= {"num_queries": 8, "connector_layers": 2}
-FLAG_QUERIES = Arm(FLAGS, run={"data": "flags/train", "cache_prompts": True})
+# At the toy world's 1e-3 the connector soon gives every prompt the same condition.
+FLAG_QUERIES = Arm(FLAGS, run={"data": "flags/train", "cache_prompts": True, "lr": 3e-4})
 NUMBERS = (1, 2, 4, 8, 16, 32, 64)
 TABLES = {
     "knowledge": Table(  # Tables 6, 7 and 9

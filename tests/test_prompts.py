@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import check_refused, run
 
+from training.kernels import checkpoint_layers
 from training.prompts import CachedPrompts
 
 PROMPTS = ["a red star left of a blue circle", "a star", "", "a star"]
@@ -39,7 +40,19 @@ def test_kept_prompts_give_the_same_conditions_and_gradients(build, mllm, condit
     assert len([inputs for inputs in read if inputs.get("input_ids") is not None]) == 1
 
 
-def test_a_trained_mllm_keeps_no_prompts(tmp_path):
-    flags = ["--cache-prompts", "true", "--train-mllm", "true", "--steps", "2"]
+def test_kept_prompts_with_gradient_checkpointing(build):
+    model = build("qwen", dtype=torch.float64)
+    cond, grad = condition(model, PROMPTS)
+    checkpoint_layers(model)
+    model.mllm.base_model.forward = CachedPrompts(model)
+    for _ in range(2):
+        ours = condition(model, PROMPTS)
+        torch.testing.assert_close(ours[0], cond, atol=1e-10, rtol=1e-10)
+        torch.testing.assert_close(ours[1], grad, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("other", ["--train-mllm", "--shard"])
+def test_what_kept_prompts_do_not_go_with_is_refused(other, tmp_path):
+    flags = ["--cache-prompts", "true", other, "true", "--steps", "2"]
     done = run([sys.executable, "train.py", *flags, "--out", str(tmp_path / "run")])
-    check_refused(done, "--cache-prompts needs a frozen MLLM")
+    check_refused(done, "--cache-prompts needs")

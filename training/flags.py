@@ -124,6 +124,8 @@ def parse_flags(description):
         stop(f"--stage {values['stage']} fine-tunes a model: give --checkpoint DIR.")
     if values["shard_frozen"] and not values["shard"]:
         stop("--shard-frozen needs --shard true: give both, or neither.")
+    if values["shard"] and values["cache_prompts"]:  # processes would meet different new prompts
+        stop("--cache-prompts needs the whole MLLM in each process: leave out one of the two.")
     parse_data(values["data"])
     check_out(values["out"], values["checkpoint"])
     return values, changes
