@@ -1,4 +1,4 @@
-"""Curate documents of the toy world, whose right groups are known, and judge what comes out.
+r"""Curate documents of the toy world, whose right groups are known, and judge what comes out.
 
     python -m benchmarks.curate --out DIR [--documents N] [--siglip DIR]
     python -m benchmarks.curate --checkpoint DIR [--limit N]
@@ -6,12 +6,20 @@
 The first makes documents, trains a tiny SigLIP on the world (ten minutes; DIR/siglip, unless it
 is there), curates them with `data.curate` and a writer that reads toy pictures, and prints the
 share of true groups that are found exactly, of targets that a plain search over the same features
-chooses too, and of kept instructions that the exact scorer finds true. DIR/curated is then a folder
-for
+chooses too, and of kept instructions that the exact scorer finds true. The second scores a model
+that was trained on what was made: it draws one or two subjects that only the pictures show.
 
-    python train.py --stage instruct --data DIR/curated --checkpoint DIR --out DIR
+Do curated rows teach to follow subjects? This measures it, for one seed:
 
-The second scores such a model: it draws one or two subjects that only the pictures show.
+    python train.py --stage pretrain --steps 1200 --out runs/base
+    python -m benchmarks.curate --out runs/curate --documents 3000
+    python train.py --stage instruct --data runs/curate/curated --checkpoint runs/base \
+      --steps 2000 --warmup 50 --seed 0 --out runs/curated-0
+    python -m benchmarks.curate --checkpoint runs/base --limit 64
+    python -m benchmarks.curate --checkpoint runs/curated-0 --limit 64
+
+Of 64 cases of one subject 0.125 are right before, and 0.276 ± 0.009 after (seeds 0, 1 and 2); of
+two subjects 0.016 and 0.031 ± 0.031. The 3,000 documents gave 6,189 rows.
 """
 
 import argparse
