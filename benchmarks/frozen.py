@@ -23,7 +23,7 @@ def run(command, log):
         done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
     if done.returncode:
         last = log.read_text(errors="replace").strip().splitlines()[-1:]
-        raise InputError(f"training failed: {' '.join(last)} (see {log})")
+        raise InputError(f"failed: {' '.join(last)} (see {log})")
 
 
 @cache

@@ -1,11 +1,12 @@
 """Flags drawn from what a frozen language model knows: the experiment's parts, and its scorer.
 
-    python -m benchmarks.tables flags           train and score all arms, three seeds each
-    python -m benchmarks.real_knowledge --checkpoint DIR --data runs/tables/flags
+    python -m benchmarks.tables flags                      train and score all arms, three seeds
+    python -m benchmarks.real_knowledge                    make the parts only
+    python -m benchmarks.real_knowledge --checkpoint DIR   score one model, in more detail
 
-The second asks one model for the flags of all countries whose capitals were held out, and its LLM
-for their names in text. --out gets what each question came to, and a .png beside it some drawn
-flags, each left of the right one.
+The last prints the share of right flags for each way to ask. Then it asks for the flags of the
+countries whose capitals were held out, and the model's LLM for their names in text: --out gets what
+each question came to, and a .png beside it some drawn flags, each left of the right one.
 
 `make_flags` makes what the arms share, in this order: pictures and prompts (data/flags.py); the
 language model, and one whose weights are shuffled; the toy VAE and the toy diffusion model, trained
@@ -34,7 +35,6 @@ from data.command_line import (
     draw,
     errors_in_one_line,
     load_model,
-    stop,
     writable,
 )
 from data.flags import LLM, flags, questions
@@ -251,19 +251,23 @@ def main():
     )
     begin(parser)
     add = parser.add_argument
-    add("--data", default="runs/tables/flags", help="the folder of flags (runs/tables/flags)")
-    add("--limit", type=int, default=1000, help="how many questions (all)")
+    add("--data", default="runs/tables/flags", help="the folder of parts (runs/tables/flags)")
+    add("--limit", type=int, default=80, help="how many questions of each sort (80)")
     add("--out", default="runs/flags.json", help="what each came to (runs/flags.json)")
     add_drawing_options(parser)
     args = parser.parse_args()
     check_bounds(vars(args), DRAWING_BOUNDS)
-    out, folder = writable(args.out, is_folder=False), Path(args.data)
-    if not args.checkpoint:
-        stop("which model? Give --checkpoint DIR, a folder that benchmarks.tables flags trained.")
-    if not (folder / "test.jsonl").exists():
-        stop(f"--data {folder} has no questions: python -m data.flags --out {folder}.")
+    out, folder = writable(args.out, is_folder=False), writable(args.data, is_folder=True)
     with errors_in_one_line():
-        cases, pictures, right = cases_of(load_model(args), folder, args)
+        make_flags(folder)
+        if not args.checkpoint:
+            print(f"the parts are in {folder}")
+            return
+        model = load_model(args)
+        for name in MEASURES:
+            (_, top_1), (_, top_5) = measure_flags(model, name, args, folder).items()
+            print(f"{name:>25}  {top_1:.3f}, among the nearest five {top_5:.3f}", flush=True)
+        cases, pictures, right = cases_of(model, folder, args)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(cases, indent=1, ensure_ascii=False) + "\n")
         pairs = [*chain.from_iterable(zip(pictures, right, strict=True))][: 2 * SHOWN]
