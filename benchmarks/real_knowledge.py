@@ -9,9 +9,9 @@ countries whose capitals were held out, and the model's LLM for their names in t
 each question came to, and a .png beside it some drawn flags, each left of the right one.
 
 `make_flags` makes what the arms share, in this order: pictures and prompts (data/flags.py); the
-language model, and one whose weights are shuffled; the toy VAE and the toy diffusion model, trained
-on to draw the flags by name. The diffusion model reads a caption as a bag of words, each a fixed
-random vector: it has heard every country's name, and knows nothing else of them.
+language model, and one whose weights are shuffled; the toy VAE and the toy diffusion model,
+fine-tuned to draw the flags by name. The diffusion model reads a caption as a bag of words, each a
+fixed random vector: it knows the countries by name alone.
 """
 
 import argparse
@@ -91,7 +91,7 @@ def bag_of_words(captions, width):
 
 
 def train_flag_vae(parts, pictures):
-    """The toy VAE, trained on to redraw flags."""
+    """The toy VAE, fine-tuned to redraw flags."""
     vae = AutoencoderDC.from_pretrained(TINY / "diffusion" / "vae", torch_dtype=torch.float32)
     vae = vae.to(memory_format=torch.channels_last)
     pixels = pictures_to_tensor(list(pictures.values()))
@@ -114,7 +114,7 @@ def train_flag_vae(parts, pictures):
 
 
 def train_flag_diffusion(parts, vae, pictures):
-    """The toy diffusion model, trained on to draw flags by captions that name them."""
+    """The toy diffusion model, fine-tuned to draw flags by captions that name them."""
     sana = SanaTransformer2DModel.from_pretrained(
         TINY / "diffusion" / "transformer", torch_dtype=torch.float32
     )
@@ -198,7 +198,7 @@ def ask(model, rows, args, known):
     return pictures, found
 
 
-def unseen_questions(folder, name, limit):
+def choose_questions(folder, name, limit):
     """`limit` questions of a measure, evenly spread over them and so over the countries."""
     rows = questions(folder, *MEASURES[name])
     limit = min(limit, len(rows))
@@ -207,7 +207,7 @@ def unseen_questions(folder, name, limit):
 
 def measure_flags(model, name, args, folder):
     """{name: share whose nearest flag is the right one, and among the nearest five}."""
-    rows = unseen_questions(folder, name, args.limit)
+    rows = choose_questions(folder, name, args.limit)
     _, found = ask(model, rows, args, flags(folder))
     asked = [Path(row["file_name"]).stem for row in rows]
     top_1 = [code == codes[0] for code, codes in zip(asked, found, strict=True)]
@@ -231,8 +231,8 @@ def cases_of(model, folder, args):
     rows = questions(folder, *MEASURES["by capital"])
     rows = [row for row in rows if row["text"].startswith(START)][: args.limit]
     country_of = {row["file_name"]: row["country"] for row in questions(folder)}
-    known = flags(folder)
-    pictures, found = ask(model, rows, args, known)
+    all_flags = flags(folder)
+    pictures, found = ask(model, rows, args, all_flags)
     cases = []
     for row, codes in zip(tqdm(rows, "answering"), found, strict=True):
         answer = ask_in_text(model, row)
@@ -242,7 +242,7 @@ def cases_of(model, folder, args):
         case["answer"] = answer
         case["known"] = row["country"] in answer
         cases.append(case)
-    return cases, pictures, [known[Path(row["file_name"]).stem] for row in rows]
+    return cases, pictures, [all_flags[Path(row["file_name"]).stem] for row in rows]
 
 
 def main():

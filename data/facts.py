@@ -55,7 +55,7 @@ def gives_away(text, name):
 
 
 def neighbours(code, everyone, names):
-    """The most populous neighbours, two to five, in words; None if another country has them too.
+    """The most populous neighbours, two to five, as text; None if another country has them too.
 
     Only countries with a flag here are named. The United States and Cuba do not count as
     neighbours: what joins them is a naval base.

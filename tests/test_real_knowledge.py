@@ -67,7 +67,7 @@ def test_shares_count_the_nearest_and_the_nearest_five(folder, monkeypatch):
     monkeypatch.setattr(real_knowledge, "draw", draw)
     figures = measure_flags(None, "by capital", SimpleNamespace(limit=10), folder)
     assert figures == {"by capital": 0.75, "by capital, top 5": 1.0}  # all but BB
-    rows = real_knowledge.unseen_questions(folder, "by capital", 2)
+    rows = real_knowledge.choose_questions(folder, "by capital", 2)
     assert [row["file_name"] for row in rows] == ["AA.png", "CC.png"]
 
 
