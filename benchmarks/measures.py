@@ -112,19 +112,19 @@ def training_figures(folder):
     }
 
 
-def summary(folders, scored):
+def summary(scored):
     """An arm's figures for each seed, their mean and their spread.
 
-    folders: of its trainings; scored: for each {measure: {name: figure}}.
+    scored: for each seed {measure: {name: figure}}.
     """
     figures = {}
-    for folder, measures in zip(folders, scored, strict=True):
+    for measures in scored:
         values = {name: x for group in measures.values() for name, x in group.items()}
         if set(SIX_KINDS) <= set(values):
             values["six-kind overall"] = mean(values[kind] for kind in SIX_KINDS)
-        for name, value in (values | training_figures(folder)).items():
+        for name, value in values.items():
             figures.setdefault(name, []).append(round(value, 4))
-    one = len(folders) == 1
+    one = len(scored) == 1
     means = {name: round(mean(values), 4) for name, values in figures.items()}
     spreads = {name: 0.0 if one else round(stdev(x), 4) for name, x in figures.items()}
     return {"figures": figures, "mean": means, "spread": spreads}

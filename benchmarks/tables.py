@@ -5,8 +5,9 @@
 
 An arm is some fields of MetaQueryConfig and the stages it is trained in. train.py trains all arms
 from the same frozen parts, on the same data and for as many steps; an arm that several tables name
-is trained once. Stopped at any time, the same command resumes: models and scores are kept in
---work. Two files are written, benchmarks/results/NAME.png and NAME.json:
+is trained once. Stopped at any time, the same command resumes: models are kept in --work, and what
+was measured of each in benchmarks/results/arms, so that another machine can go on without the
+models. Two files are written, benchmarks/results/NAME.png and NAME.json:
 
     {"table": "knowledge", "claim": ..., "seeds": [0, 1, 2], "settings": {"steps": 1200, ...},
      "versions": {"torch": ..., ...},
@@ -27,6 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from importlib.metadata import version
 from itertools import chain
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -34,7 +36,14 @@ from tqdm import tqdm
 
 from benchmarks import frozen, real_knowledge
 from benchmarks.frozen import frozen_digest, run
-from benchmarks.measures import DRAWING, measure, print_table, save_figure, summary
+from benchmarks.measures import (
+    DRAWING,
+    measure,
+    print_table,
+    save_figure,
+    summary,
+    training_figures,
+)
 from data.command_line import begin, check_bounds, device_of, errors_in_one_line, writable
 from metaquery import MetaQuery, MetaQueryConfig
 from toy.tasks import SIX_KINDS
@@ -74,7 +83,11 @@ NUMBERS = (1, 2, 4, 8, 16, 32, 64)
 TABLES = {
     "knowledge": Table(  # Tables 6, 7 and 9
         "queries carry the MLLM's knowledge to the picture, its last layer does so less",
-        {"queries": QUERIES, "last layer": LAST_LAYER},
+        {"queries": QUERIES, "last layer": LAST_LAYER}
+        | {
+            "queries, lr 3e-4": QUERIES._replace(run={"lr": 3e-4}),
+            "last layer, lr 3e-4": LAST_LAYER._replace(run={"lr": 3e-4}),
+        },
         (*CAPTIONS, "knowledge", "commonsense", "commonsense, negative prompt"),
     ),
     "T1": Table(
@@ -156,13 +169,29 @@ PARTS = frozen.PARTS | {"flags": real_knowledge.make_flags}
 # ---- Training and scoring ------------------------------------------------------------------------
 
 
-def folder_of(arm, seed, args):
-    """Where an arm's training for a seed is kept; arms that are the same share it."""
+def name_of(arm, seed):
+    """A training's name: its stages, the fields that differ from the preset's, and its seed."""
     preset = asdict(MetaQueryConfig.preset("tiny"))
     fields = arm.config | arm.run
     changes = sorted(f"{name}={x}" for name, x in fields.items() if x != preset.get(name))
-    arm_name = ",".join(["+".join(arm.stages), *changes]).replace("/", "-")
-    return args.work / f"{frozen_digest()}-{args.steps}x{args.batch_size}" / arm_name / f"{seed}"
+    return Path(",".join(["+".join(arm.stages), *changes]).replace("/", "-")) / f"{seed}"
+
+
+def folder_of(arm, seed, args):
+    """Where an arm's training for a seed is kept; arms that are the same share it."""
+    return args.work / f"{frozen_digest()}-{args.steps}x{args.batch_size}" / name_of(arm, seed)
+
+
+def scores_of(arm, seed, args):
+    """The file of what was measured of a training."""
+    settings = f"{frozen_digest()}-{args.steps}x{args.batch_size}-{args.limit}"
+    return args.out / "arms" / settings / name_of(arm, seed).with_suffix(".json")
+
+
+def read_scores(arm, seed, args):
+    """What was measured of a training, {measure: {name: figure}}, and its own under "training"."""
+    path = scores_of(arm, seed, args)
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def train(arm, seed, args):
@@ -180,15 +209,22 @@ def train(arm, seed, args):
     run(["train.py", *chain.from_iterable(pairs)], out.with_suffix(".log"))
 
 
-def train_all(arms, args):
-    """Train all arms for all seeds, --jobs at a time; arms may share their first stages."""
-    for part in {arm.config["mllm"].split("/")[0] for arm in arms if "mllm" in arm.config}:
+def train_all(table, args):
+    """Train all arms that are not measured yet, --jobs at a time; they may share first stages."""
+    unmeasured = [
+        (arm, seed)
+        for seed in range(args.seeds)
+        for arm in table.arms.values()
+        if not set(table.measures) <= set(read_scores(arm, seed, args))
+    ]
+    for part in {arm.config["mllm"].split("/")[0] for arm, _ in unmeasured if "mllm" in arm.config}:
         PARTS[part](args.work / part)
-    for depth in range(1, 1 + max(len(arm.stages) for arm in arms)):
+    depths = [len(arm.stages) for arm, _ in unmeasured]
+    for depth in range(1, 1 + max(depths, default=0)):
         stages = {}
-        for seed in range(args.seeds):
-            for arm in [arm._replace(stages=arm.stages[:depth]) for arm in arms]:
-                stages[folder_of(arm, seed, args)] = (arm, seed, args)
+        for arm, seed in unmeasured:
+            arm = arm._replace(stages=arm.stages[:depth])
+            stages[folder_of(arm, seed, args)] = (arm, seed, args)
         with ThreadPoolExecutor(args.jobs) as pool:
             trained = pool.map(lambda stage: train(*stage), stages.values())
             list(tqdm(trained, "training", total=len(stages)))
@@ -196,16 +232,17 @@ def train_all(arms, args):
 
 def score_arm(arm, measures, seed, args):
     """Measure what is not measured yet of a trained model: {measure: {name: figure}}."""
-    out = folder_of(arm, seed, args)
-    path = out / f"scores-{args.limit}.json"
-    kept = json.loads(path.read_text()) if path.exists() else {}
+    folder, path = folder_of(arm, seed, args), scores_of(arm, seed, args)
+    kept = read_scores(arm, seed, args)
     missing = [name for name in measures if name not in kept]
     if missing:
-        model = MetaQuery.from_pretrained(out).to(device_of(""), torch.bfloat16).eval()
+        model = MetaQuery.from_pretrained(folder).to(device_of(""), torch.bfloat16).eval()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept["training"] = training_figures(folder)
         for name in missing:
             kept[name] = measure(model, name, args.limit, seed, args.work)
             path.write_text(json.dumps(kept, indent=2) + "\n")
-    return {name: kept[name] for name in measures}
+    return {name: kept[name] for name in (*measures, "training")}
 
 
 def main():
@@ -224,15 +261,14 @@ def main():
     add("--out", default="benchmarks/results", help="where NAME.json and NAME.png are written")
     args = parser.parse_args()
     check_bounds(vars(args), BOUNDS)
-    args.work, out = writable(args.work, True).resolve(), writable(args.out, True)
+    args.work, args.out = writable(args.work, True).resolve(), writable(args.out, True)
     table, seeds = TABLES[args.name], list(range(args.seeds))
     arms = {}
     with errors_in_one_line():
-        train_all(table.arms.values(), args)
+        train_all(table, args)
         for name, arm in tqdm(table.arms.items(), "scoring"):
-            folders = [folder_of(arm, seed, args) for seed in seeds]
             scored = [score_arm(arm, table.measures, seed, args) for seed in seeds]
-            arms[name] = arm._asdict() | summary(folders, scored)
+            arms[name] = arm._asdict() | summary(scored)
         settings = {name: getattr(args, name) for name in ("steps", "batch_size", "limit")}
         result = {"table": args.name, "claim": table.claim, "seeds": seeds}
         result |= {"settings": settings | {"drawing": DRAWING, "frozen_parts": frozen_digest()}}
@@ -240,10 +276,10 @@ def main():
             name: version(name) for name in ("torch", "transformers", "diffusers")
         }
         result["arms"] = arms
-        out.mkdir(parents=True, exist_ok=True)
-        (out / f"{args.name}.json").write_text(json.dumps(result, indent=2) + "\n")
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / f"{args.name}.json").write_text(json.dumps(result, indent=2) + "\n")
         print_table(result)
-        save_figure(result, out / f"{args.name}.png")
+        save_figure(result, args.out / f"{args.name}.png")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,10 +32,11 @@ def recorded_trainings(name, work, monkeypatch):
     """The flags of each training of a table, in their order; nothing is trained."""
     commands = []
     monkeypatch.setattr(tables, "run", lambda command, log: commands.append(command[1:]))
-    args = type("Args", (), {"work": work, "steps": 20, "batch_size": 4, "seeds": 2, "jobs": 1})
+    args = {"work": work, "out": work, "steps": 20, "batch_size": 4, "limit": 2, "seeds": 2}
+    args = SimpleNamespace(**args, jobs=1)
     for part in tables.PARTS:
         monkeypatch.setitem(tables.PARTS, part, lambda folder: None)
-    tables.train_all(TABLES[name].arms.values(), args)
+    tables.train_all(TABLES[name], args)
     return [dict(zip(flags[::2], flags[1::2], strict=True)) for flags in commands]
 
 
@@ -43,7 +45,7 @@ def test_arms_differ_in_their_own_fields_alone(name, tmp_path, monkeypatch):
     trainings = recorded_trainings(name, tmp_path, monkeypatch)
     own = {"--out", "--checkpoint", "--stage"}
     for arm in TABLES[name].arms.values():
-        own |= {f"--{field.replace('_', '-')}" for field in arm.config}
+        own |= {f"--{field.replace('_', '-')}" for field in arm.config | arm.run}
     for seed in (0, 1):
         of_seed = [flags for flags in trainings if flags["--seed"] == seed]
         assert len({str(flags["--out"]) for flags in of_seed}) == len(of_seed), "each once"
@@ -82,10 +84,13 @@ def test_a_stopped_table_resumes_with_the_same_figures(tmp_path, monkeypatch, ca
     losses = [arm["figures"]["training loss"][0] for arm in made["arms"].values()]
     assert losses[0] != losses[1] and made["arms"]["queries"]["mean"]["PSNR in dB"] > 0
     # As if it had been stopped while it trained the second arm and scored the first.
-    first, second = sorted((tmp_path / "runs").glob("*/*/0"), key=lambda path: "=" not in str(path))
+    args = SimpleNamespace(work=tmp_path / "runs", out=tmp_path, steps=2, batch_size=2, limit=2)
+    first, second = [tables.folder_of(arm, 0, args) for arm in arms.values()]
+    scores, others = [tables.scores_of(arm, 0, args) for arm in arms.values()]
+    kept = json.loads(scores.read_text())
     shutil.rmtree(second)
-    scores = first / "scores-2.json"
-    scores.write_text(json.dumps({"five": json.loads(scores.read_text())["five"]}))
+    others.unlink()
+    scores.write_text(json.dumps({name: kept[name] for name in ("five", "training")}))
     trained = (first / "model.safetensors").stat().st_mtime_ns
     again = make_table("T1", tmp_path, monkeypatch, "--seeds", "1")
     for arm in (*made["arms"].values(), *again["arms"].values()):
@@ -96,17 +101,24 @@ def test_a_stopped_table_resumes_with_the_same_figures(tmp_path, monkeypatch, ca
     assert "training loss" in capsys.readouterr().out
 
 
+def test_what_is_measured_is_not_trained_again(tmp_path, monkeypatch):
+    arms = {"random": Arm({"condition_on": "random"})}
+    monkeypatch.setitem(TABLES, "T1", Table("a claim", arms, ("five",)))
+    made = make_table("T1", tmp_path, monkeypatch, "--seeds", "2")
+    shutil.rmtree(tmp_path / "runs")  # as on another machine
+    monkeypatch.setattr(tables, "run", None)
+    assert make_table("T1", tmp_path, monkeypatch, "--seeds", "2") == made
+
+
 def test_spread_is_over_seeds(tmp_path):
-    folder = tmp_path / "0"
-    folder.mkdir()
-    lines = [json.dumps({"loss": loss, "samples_per_s": 5}) for loss in (9.0, 1.0)]
-    (folder / "log.jsonl").write_text("\n".join(lines))
-    shutil.copy(tables.MetaQueryConfig.preset("tiny").mllm + "/model.safetensors", folder)
     scored = [{"dense": {"dense": share}} for share in (0.2, 0.4, 0.6)]
-    made = measures.summary([folder] * 3, scored)
+    made = measures.summary(scored)
     assert made["figures"]["dense"] == [0.2, 0.4, 0.6]
     assert made["mean"]["dense"] == 0.4 and made["spread"]["dense"] == 0.2
-    assert made["mean"]["training loss"] == 5.0
+    lines = [json.dumps({"loss": loss, "samples_per_s": 5}) for loss in (9.0, 1.0)]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines))
+    shutil.copy(tables.MetaQueryConfig.preset("tiny").mllm + "/model.safetensors", tmp_path)
+    assert measures.training_figures(tmp_path)["training loss"] == 5.0
 
 
 def drawn_by(measures_name, monkeypatch):
