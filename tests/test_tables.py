@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from conftest import check_refused, run
 
-from benchmarks import measures, tables
+from benchmarks import arms, measures, tables
+from benchmarks.arms import Arm
 from benchmarks.measures import MAKERS, measure, other_prompt, save_figure
-from benchmarks.tables import INSTRUCT, TABLES, Arm, Table
+from benchmarks.tables import INSTRUCT, TABLES, Table
 from toy.scene import Pair, place_objects, render, score
 from toy.tasks import task
 
@@ -31,8 +32,16 @@ def make_table(name, work, monkeypatch, *flags):
 def recorded_trainings(name, work, monkeypatch):
     """The flags of each training of a table, in their order; nothing is trained."""
     commands = []
-    monkeypatch.setattr(tables, "run", lambda command, log: commands.append(command[1:]))
-    args = {"work": work, "out": work, "steps": 20, "batch_size": 4, "limit": 2, "seeds": 2}
+    monkeypatch.setattr(arms, "run", lambda command, log: commands.append(command[1:]))
+    args = {
+        "work": work,
+        "out": work,
+        "steps": 20,
+        "batch_size": 4,
+        "lr": 1e-3,
+        "limit": 2,
+        "seeds": 2,
+    }
     args = SimpleNamespace(**args, jobs=1)
     for part in tables.PARTS:
         monkeypatch.setitem(tables.PARTS, part, lambda folder: None)
@@ -68,25 +77,26 @@ def test_a_second_stage_starts_from_the_first_of_the_same_arm(tmp_path, monkeypa
 
 
 def test_tables_share_the_training_of_an_arm(tmp_path):
-    args = type("Args", (), {"work": tmp_path, "steps": 20, "batch_size": 4})
-    arms = [TABLES["knowledge"].arms["queries"], TABLES["T1"].arms["N = 16"]]
-    arms += [TABLES["F2"].arms["N = 16"], TABLES["T3"].arms["enc-proj, 3"]]
-    assert len({tables.folder_of(arm, 0, args) for arm in arms}) == 1
-    others = [arm._replace(stages=INSTRUCT) for arm in arms]
-    assert len({tables.folder_of(arm, 0, args) for arm in arms + others}) == 2
+    args = SimpleNamespace(work=tmp_path, steps=20, batch_size=4, lr=1e-3)
+    same = [TABLES["knowledge"].arms["queries"], TABLES["T1"].arms["N = 16"]]
+    same += [TABLES["F2"].arms["N = 16"], TABLES["T3"].arms["enc-proj, 3"]]
+    assert len({arms.folder_of(arm, 0, args) for arm in same}) == 1
+    others = [arm._replace(stages=INSTRUCT) for arm in same]
+    assert len({arms.folder_of(arm, 0, args) for arm in same + others}) == 2
 
 
 def test_a_stopped_table_resumes_with_the_same_figures(tmp_path, monkeypatch, capsys):
-    arms = {"queries": Arm({"num_queries": 4}, ("reconstruct",)), "random": Arm({}, ("pretrain",))}
-    monkeypatch.setitem(TABLES, "T1", Table("a claim", arms, ("reconstruction", "five")))
+    two = {"queries": Arm({"num_queries": 4}, ("reconstruct",)), "random": Arm({}, ("pretrain",))}
+    monkeypatch.setitem(TABLES, "T1", Table("a claim", two, ("reconstruction", "five")))
     made = make_table("T1", tmp_path, monkeypatch, "--seeds", "1")
-    assert set(made["arms"]) == set(arms) and made["seeds"] == [0]
+    assert set(made["arms"]) == set(two) and made["seeds"] == [0]
     losses = [arm["figures"]["training loss"][0] for arm in made["arms"].values()]
     assert losses[0] != losses[1] and made["arms"]["queries"]["mean"]["PSNR in dB"] > 0
     # As if it had been stopped while it trained the second arm and scored the first.
     args = SimpleNamespace(work=tmp_path / "runs", out=tmp_path, steps=2, batch_size=2, limit=2)
-    first, second = [tables.folder_of(arm, 0, args) for arm in arms.values()]
-    scores, others = [tables.scores_of(arm, 0, args) for arm in arms.values()]
+    args.lr = 3e-4
+    first, second = [arms.folder_of(arm, 0, args) for arm in two.values()]
+    scores, others = [arms.scores_of(arm, 0, args) for arm in two.values()]
     kept = json.loads(scores.read_text())
     shutil.rmtree(second)
     others.unlink()
@@ -102,11 +112,11 @@ def test_a_stopped_table_resumes_with_the_same_figures(tmp_path, monkeypatch, ca
 
 
 def test_what_is_measured_is_not_trained_again(tmp_path, monkeypatch):
-    arms = {"random": Arm({"condition_on": "random"})}
-    monkeypatch.setitem(TABLES, "T1", Table("a claim", arms, ("five",)))
+    one = {"random": Arm({"condition_on": "random"})}
+    monkeypatch.setitem(TABLES, "T1", Table("a claim", one, ("five",)))
     made = make_table("T1", tmp_path, monkeypatch, "--seeds", "2")
     shutil.rmtree(tmp_path / "runs")  # as on another machine
-    monkeypatch.setattr(tables, "run", None)
+    monkeypatch.setattr(arms, "run", None)
     assert make_table("T1", tmp_path, monkeypatch, "--seeds", "2") == made
 
 
@@ -117,7 +127,7 @@ def test_spread_is_over_seeds(tmp_path):
     assert made["mean"]["dense"] == 0.4 and made["spread"]["dense"] == 0.2
     lines = [json.dumps({"loss": loss, "samples_per_s": 5}) for loss in (9.0, 1.0)]
     (tmp_path / "log.jsonl").write_text("\n".join(lines))
-    shutil.copy(tables.MetaQueryConfig.preset("tiny").mllm + "/model.safetensors", tmp_path)
+    shutil.copy(arms.MetaQueryConfig.preset("tiny").mllm + "/model.safetensors", tmp_path)
     assert measures.training_figures(tmp_path)["training loss"] == 5.0
 
 

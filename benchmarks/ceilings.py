@@ -1,0 +1,154 @@
+"""Where an edit is lost: in the MLLM, in the condition, or in the diffusion model.
+
+    python -m benchmarks.ceilings [--checkpoint DIR] [--limit N] [--samples N]
+
+asks for the same unseen edits in four ways, and prints for scenes of one to four objects the share
+
+- restated: that the frozen MLLM, asked to describe the edited picture, does in the right words;
+- read out: whose objects are all read from the condition, right and in place, by a linear map that
+  is fitted to --samples edits of training: does the condition hold the scene?
+- drawn from words: drawn right when the edited scene is described in plain words instead;
+- drawn: drawn right from the picture and the instruction.
+
+The lowest of the first three limits the fourth.
+"""
+
+import argparse
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from data.command_line import (
+    DRAWING_BOUNDS,
+    add_drawing_options,
+    begin,
+    check_bounds,
+    draw,
+    errors_in_one_line,
+    load_model,
+)
+from metaquery import SYSTEM_PROMPT, to_device
+from toy.scene import COLORS, PLACES, SHAPES, goal_of, place_of, score
+from toy.tasks import task
+
+KINDS = ("edit", "free edit")
+MOST = 4  # objects of a scene
+BATCH = 64  # conditions computed at a time
+RIDGE = 1.0  # λ of the linear map
+# Of each place the map tells the colour and the shape, each "none" if nothing stands there.
+LABELS = (("none", *COLORS), ("none", *SHAPES))
+
+
+def cases_by_number(kind, limit, seed):
+    """{number of objects before the edit: `limit` unseen tasks of a kind}."""
+    cases = {number: [] for number in range(1, MOST + 1)}
+    if kind == "free edit":
+        cases.pop(MOST)  # such a scene has no room for a fifth
+    index = 0
+    while min(map(len, cases.values())) < limit:
+        made = task(kind, index, seed, "test")
+        index += 1
+        of_number = cases.get(len(made.sources[0].objects), [])
+        if len(of_number) < limit:
+            of_number.append(made)
+    return cases
+
+
+@torch.no_grad()
+def restate(model, made):
+    """The MLLM's own description of what a task is to draw."""
+    inputs = model.prepare_inputs([made.prompt], [made.images], SYSTEM_PROMPT)
+    inputs = to_device(inputs, model.queries.device)
+    tokens = model.mllm.generate(**inputs, max_new_tokens=64, do_sample=False)
+    tokens = tokens[:, inputs["input_ids"].shape[1] :]
+    return model.tokenizer.batch_decode(tokens, skip_special_tokens=True)[0].strip()
+
+
+# ---- The linear map from a condition to a scene --------------------------------------------------
+
+
+@torch.no_grad()
+def conditions(model, tasks):
+    """The conditions of tasks as rows, with a 1 at their ends: (tasks, L·c + 1)."""
+    rows = []
+    for start in tqdm(range(0, len(tasks), BATCH), "conditions", leave=False):
+        some = tasks[start : start + BATCH]
+        cond, _ = model.encode_prompts([t.prompt for t in some], [t.images for t in some])
+        rows.append(F.pad(cond.flatten(1).float().cpu(), (0, 1), value=1.0))
+    return torch.cat(rows)
+
+
+def scene_labels(scene):
+    """For each of PLACES the index of its colour and of its shape in LABELS: (2, 9)."""
+    found = {place_of(item): (item.color, item.shape) for item in scene.objects}
+    pairs = [found.get(place, ("none", "none")) for place in PLACES]
+    values = zip(*pairs, strict=True)
+    return torch.tensor(
+        [[names.index(v) for v in of_all] for names, of_all in zip(LABELS, values, strict=True)]
+    )
+
+
+def fit_readout(x, scenes):
+    """W of the ridge regression x·W ≈ one-hot labels: W = (xᵀx + λ·1)⁻¹·xᵀy."""
+    labels = torch.stack([scene_labels(scene) for scene in scenes])  # (S, 2, 9)
+    y = [F.one_hot(labels[:, i], len(names)).flatten(1) for i, names in enumerate(LABELS)]
+    y = torch.cat(y, 1).double()  # (S, 9·9 + 9·7)
+    x = x.double()
+    gram = x.T @ x + RIDGE * torch.eye(x.shape[1], dtype=torch.double)
+    return torch.linalg.solve(gram, x.T @ y)
+
+
+def read_scenes(x, w):
+    """The labels of each row of x that the map w gives most: (rows, 2, 9)."""
+    sizes = [len(PLACES) * len(names) for names in LABELS]
+    parts = (x.double() @ w).split(sizes, 1)
+    return torch.stack([part.unflatten(1, (len(PLACES), -1)).argmax(-1) for part in parts], 1)
+
+
+# ---- The table -----------------------------------------------------------------------------------
+
+
+def shares(model, made, w, args):
+    """{column: share of the tasks `made` that are right}."""
+    restated = [restate(model, t) == t.plain for t in tqdm(made, "restating", leave=False)]
+    wanted = torch.stack([scene_labels(t.target) for t in made])
+    read = (read_scenes(conditions(model, made), w) == wanted).flatten(1).all(1).tolist()
+    from_words = draw(model, [(t.plain, []) for t in made], args)
+    drawn = draw(model, [(t.prompt, t.images) for t in made], args)
+    pairs = list(zip(made, from_words, drawn, strict=True))
+    right = {
+        "restated": restated,
+        "read out": read,
+        "drawn from words": [score(row[0], goal_of(t.target)) for t, row, _ in pairs],
+        "drawn": [score(row[0], t.goal) for t, _, row in pairs],
+    }
+    return {column: sum(values) / len(values) for column, values in right.items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    begin(parser)
+    add = parser.add_argument
+    add("--limit", type=int, default=50, help="edits of scenes of each number of objects (50)")
+    add("--samples", type=int, default=6000, help="edits that the linear map is fitted to (6000)")
+    add_drawing_options(parser)
+    args = parser.parse_args()
+    check_bounds(vars(args), DRAWING_BOUNDS | {"samples": (1, 10**6)})
+    with errors_in_one_line():
+        model = load_model(args)
+        columns = ("restated", "read out", "drawn from words", "drawn")
+        print(f"{'':>10} {'objects':>8}  {'  '.join(columns)}")
+        for kind in KINDS:
+            trained = [task(kind, i, args.seed) for i in range(args.samples)]
+            w = fit_readout(conditions(model, trained), [t.target for t in trained])
+            for number, made in cases_by_number(kind, args.limit, args.seed).items():
+                found = shares(model, made, w, args)
+                cells = [f"{found[column]:>{len(column)}.2f}" for column in columns]
+                print(f"{kind:>10} {number:>8}  {'  '.join(cells)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
