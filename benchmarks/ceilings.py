@@ -28,8 +28,9 @@ from data.command_line import (
     errors_in_one_line,
     load_model,
 )
-from metaquery import SYSTEM_PROMPT, to_device
+from toy.pretrain_mllm import answers
 from toy.scene import COLORS, PLACES, SHAPES, goal_of, place_of, score
+from toy.talk import Talk
 from toy.tasks import task
 
 KINDS = ("edit", "free edit")
@@ -49,20 +50,10 @@ def cases_by_number(kind, limit, seed):
     while min(map(len, cases.values())) < limit:
         made = task(kind, index, seed, "test")
         index += 1
-        of_number = cases.get(len(made.sources[0].objects), [])
-        if len(of_number) < limit:
-            of_number.append(made)
+        number = len(made.sources[0].objects)
+        if number in cases and len(cases[number]) < limit:
+            cases[number].append(made)
     return cases
-
-
-@torch.no_grad()
-def restate(model, made):
-    """The MLLM's own description of what a task is to draw."""
-    inputs = model.prepare_inputs([made.prompt], [made.images], SYSTEM_PROMPT)
-    inputs = to_device(inputs, model.queries.device)
-    tokens = model.mllm.generate(**inputs, max_new_tokens=64, do_sample=False)
-    tokens = tokens[:, inputs["input_ids"].shape[1] :]
-    return model.tokenizer.batch_decode(tokens, skip_special_tokens=True)[0].strip()
 
 
 # ---- The linear map from a condition to a scene --------------------------------------------------
@@ -111,14 +102,15 @@ def read_scenes(x, w):
 
 def shares(model, made, w, args):
     """{column: share of the tasks `made` that are right}."""
-    restated = [restate(model, t) == t.plain for t in tqdm(made, "restating", leave=False)]
+    turns = [Talk(t.prompt, t.plain, t.sources, instructed=True) for t in made]
+    said = answers(model.mllm, model.processor, turns)
     wanted = torch.stack([scene_labels(t.target) for t in made])
     read = (read_scenes(conditions(model, made), w) == wanted).flatten(1).all(1).tolist()
     from_words = draw(model, [(t.plain, []) for t in made], args)
     drawn = draw(model, [(t.prompt, t.images) for t in made], args)
     pairs = list(zip(made, from_words, drawn, strict=True))
     right = {
-        "restated": restated,
+        "restated": [words == t.plain for words, t in zip(said, made, strict=True)],
         "read out": read,
         "drawn from words": [score(row[0], goal_of(t.target)) for t, row, _ in pairs],
         "drawn": [score(row[0], t.goal) for t, _, row in pairs],

@@ -174,7 +174,7 @@ def main():
     add("--seeds", type=int, default=3, help="trainings of each arm (3)")
     add("--steps", type=int, default=1200, help="of each stage of training (1,200)")
     add("--batch-size", type=int, default=32, help="samples a step (32)")
-    # At train.py's 1e-3 last layers learn slowly, and with a real LLM every condition is the same.
+    # At train.py's 1e-3 the last layer learns slowly, and a real LLM's conditions become equal.
     add("--lr", type=float, default=3e-4, help="the highest learning rate (3e-4)")
     add("--limit", type=int, default=50, help="test cases of each measure (50)")
     add("--jobs", type=int, default=os.cpu_count(), help="trainings at a time (one a core)")

@@ -15,7 +15,7 @@ def test_a_linear_map_reads_scenes_from_what_holds_them_and_from_nothing_else():
     labels = torch.stack([scene_labels(scene) for scene in scenes])  # (S, 2, 9)
     torch.manual_seed(0)
     one_hot = torch.nn.functional.one_hot(labels, 9).flatten(1).float()
-    mixed = one_hot @ torch.randn(one_hot.shape[1], 200) / 10  # what is in it lies open to no one
+    mixed = one_hot @ torch.randn(one_hot.shape[1], 200) / 10  # every label is in each number
     holds = torch.cat([mixed, torch.ones(600, 1)], 1)
     for x, is_right in ((holds, True), (torch.randn_like(holds), False)):
         read = read_scenes(x[500:], fit_readout(x[:500], scenes[:500]))
