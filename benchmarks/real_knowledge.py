@@ -10,17 +10,17 @@ each question came to, and a .png beside it some drawn flags, each left of the r
 
 `make_flags` makes what the arms share, in this order: pictures and prompts (data/flags.py); the
 language model, and one whose weights are shuffled; the toy VAE and the toy diffusion model,
-fine-tuned to draw the flags by name. The diffusion model reads a caption as a bag of words, each a
-fixed random vector: it knows the countries by name alone.
+fine-tuned to draw the flags by name. The diffusion model reads a caption by the language model's
+input embeddings of its tokens, before any layer: it knows the countries by name alone.
 """
 
 import argparse
 import json
-import zlib
 from itertools import chain, product
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaTransformer2DModel
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -46,7 +46,7 @@ from toy.pretrain import redraw_loss, save_pipeline, velocity_loss
 
 SHUFFLED = "shuffled"  # the folder of the language model with shuffled weights
 VAE_STEPS, DIFFUSION_STEPS = 600, 2000
-CAPTION_SCALE = 5.5**0.5  # of captions' states: that at which a connector starts
+CAPTION_SCALE = 5.5**0.5  # of tokens' states: the gain with which a connector starts
 
 # Measures of benchmarks/tables.py: of which split, and of which relation.
 MEASURES = {
@@ -75,19 +75,30 @@ def shuffle_llm(source, folder):
     model.save_pretrained(folder)
 
 
-def bag_of_words(captions, width):
-    """(B, L, width) and a mask (B, L): of each caption's words a fixed random vector.
+def token_states(llm, width):
+    """A language model's tokenizer, and a state of `width` numbers for each of its V tokens.
 
-    Every caption begins with the empty word, so that an empty one has a state too.
+    A token's state is its input embedding, less the mean, in a fixed random projection; all are as
+    long as a connector's first conditions. Returns (tokenizer, (V, width)).
     """
-    words = [["", *caption.split()] for caption in captions]
-    vectors = {}
-    for word in {word for row in words for word in row}:
-        generator = torch.Generator().manual_seed(zlib.crc32(word.encode()))
-        vectors[word] = CAPTION_SCALE * torch.randn(width, generator=generator)
-    states = [torch.stack([vectors[word] for word in row]) for row in words]
-    mask = [torch.ones(len(row), dtype=torch.long) for row in words]
-    return pad_sequence(states, batch_first=True), pad_sequence(mask, batch_first=True)
+    tokenizer = AutoTokenizer.from_pretrained(llm)
+    model = AutoModelForCausalLM.from_pretrained(llm, dtype=torch.float32)
+    words = model.get_input_embeddings().weight.detach()  # (V, d)
+    generator = torch.Generator().manual_seed(0)
+    projection = torch.randn(words.shape[1], width, generator=generator)
+    projected = (words - words.mean(0)) @ projection  # (V, width)
+    return tokenizer, CAPTION_SCALE * width**0.5 * F.normalize(projected, dim=-1)
+
+
+def caption_states(captions, tokenizer, states):
+    """States (B, L, width) of the captions' tokens, and their mask (B, L).
+
+    Every caption ends with the end token, so that an empty one has a state too.
+    """
+    texts = [caption + tokenizer.eos_token for caption in captions]
+    rows = [states[ids] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    mask = [torch.ones(len(row), dtype=torch.long) for row in rows]
+    return pad_sequence(rows, batch_first=True), pad_sequence(mask, batch_first=True)
 
 
 def train_flag_vae(parts, pictures):
@@ -120,13 +131,13 @@ def train_flag_diffusion(parts, vae, pictures):
     )
     scheduler = DPMSolverMultistepScheduler.from_pretrained(TINY / "diffusion" / "scheduler")
     rows = questions(parts.out, "trained", "name")
-    width = sana.config.caption_channels
+    words = token_states(parts.out / LLM, sana.config.caption_channels)
     pixels = {code: pictures_to_tensor([picture])[0] for code, picture in pictures.items()}
 
     def make(rng):
         chosen = rng.choices(rows, k=parts.batch_size)
         captions = ["" if rng.random() < 0.1 else row["text"] for row in chosen]
-        states, mask = bag_of_words(captions, width)
+        states, mask = caption_states(captions, *words)
         targets = torch.stack([pixels[Path(row["file_name"]).stem] for row in chosen])
         return {"pixels": targets, "states": states, "mask": mask}
 
@@ -136,7 +147,7 @@ def train_flag_diffusion(parts, vae, pictures):
     def evaluate():
         one_each = list({row["file_name"]: row for row in rows}.values())
         captions = [""] * len(one_each) + [row["text"] for row in one_each]
-        drawn = draw_captions(sana, vae, scheduler, *bag_of_words(captions, width))
+        drawn = draw_captions(sana, vae, scheduler, *caption_states(captions, *words))
         return {"flags drawn by name": share_right(drawn, torch.stack(list(pixels.values())))}
 
     fit("diffusion", [sana], make, loss_of, 1e-3, parts, evaluate)

@@ -10,7 +10,14 @@ from PIL import Image
 from transformers import AutoModelForCausalLM
 
 from benchmarks import real_knowledge
-from benchmarks.real_knowledge import bag_of_words, make_flags, measure_flags, nearest, share_right
+from benchmarks.real_knowledge import (
+    caption_states,
+    make_flags,
+    measure_flags,
+    nearest,
+    share_right,
+    token_states,
+)
 from metaquery import MetaQuery, MetaQueryConfig
 
 COLORS = {"AA": "red", "BB": "green", "CC": "blue", "DD": "blue"}  # two have the same flag
@@ -35,16 +42,17 @@ def folder(parts, tmp_path_factory):
     return folder
 
 
-def test_a_caption_is_a_bag_of_fixed_vectors():
-    states, mask = bag_of_words(["the flag of France", "France", ""], 8)
-    again, _ = bag_of_words(["France"], 8)
-    assert states.shape == (3, 5, 8) and mask.tolist() == [
-        [1] * 5,
-        [1, 1, 0, 0, 0],
-        [1, 0, 0, 0, 0],
-    ]
-    assert torch.equal(states[0, 4], states[1, 1]) and torch.equal(again[0], states[1, :2])
-    assert not torch.equal(states[0, 1], states[0, 2])
+def test_a_caption_is_its_tokens_and_the_end(parts):
+    tokenizer, vectors = token_states(parts / "qwen", 8)
+    model = AutoModelForCausalLM.from_pretrained(parts / "qwen")
+    assert vectors.shape == (model.config.vocab_size, 8)
+    assert torch.allclose(vectors.pow(2).mean(-1), torch.tensor(5.5))
+    states, mask = caption_states(["the flag of France", ""], tokenizer, vectors)
+    number = len(tokenizer("the flag of France")["input_ids"]) + 1
+    assert states.shape == (2, number, 8)
+    assert mask.tolist() == [[1] * number, [1] + [0] * (number - 1)]
+    end = vectors[tokenizer.eos_token_id]
+    assert torch.equal(states[0, -1], end) and torch.equal(states[1, 0], end)
 
 
 def test_a_drawing_counts_as_the_flag_it_is_nearest_to():

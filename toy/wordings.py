@@ -4,9 +4,13 @@
     ask(rng, "two blue stars", unseen=True)    "quickly sketch two blue stars, will you?"
 
 A request is a way to ask around a phrase, in any case and punctuation, at times with a typing slip.
-The ways of `UNSEEN_WAYS`, and the words that only they use, are in no training text: the benchmark
-asks with them alone.
+In training a quarter of the ways hold made-up words, so that the phrase is found among words that
+were never heard. The ways of `UNSEEN_WAYS`, and the words that only they use, are in no training
+text: the benchmark asks with them alone.
 """
+
+import random
+import re
 
 OPENINGS = ("", "", "", "", "please ", "hi, ", "hello! ", "hey, ", "now ", "ok, ", "could you ")
 OPENINGS += ("can you ", "would you ", "could you please ", "can you please ", "i want you to ")
@@ -70,7 +74,20 @@ GROUNDS += (". the background is {}", ", and the background should be {}", " on 
 ONLY = ("only {}", "just {}", "{} and nothing else", "{}, nothing else", "nothing but {}")
 ONLY += ("no {other}, just {}", "{} without any {other}", "{}, no {other}", "{} but no {other}")
 TYPING_SLIPS = 0.1  # share of the requests with one
+MADE_UP_WAYS = 0.25  # share of the requests to train on
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
+VOWELS = "aeiou"
+
+
+def words_of(texts):
+    """The words of texts, a set, without marks."""
+    return set(re.findall(r"[a-z']+", " ".join(texts)))
+
+
+UNSEEN_WORDS = words_of(UNSEEN_WAYS)
+# Words around a phrase that leave what it asks for as it is.
+AROUND = words_of((*OPENINGS, *VERBS, *PICTURES, *ENDINGS, *OTHER_WAYS))
+AROUND = sorted(AROUND - words_of((*JOINTS, *ONLY, *AMOUNTS[1], "not")))
 
 
 def trained_words():
@@ -78,6 +95,28 @@ def trained_words():
     lists = (OPENINGS, VERBS, PICTURES, ENDINGS, OTHER_WAYS, DESCRIBING, JOINTS, GROUNDS, ONLY)
     texts = [text for words in (*lists, *AMOUNTS.values()) for text in words]
     return " ".join(texts).replace("{other}", "").replace("{}", "") + " gray"
+
+
+def made_up_word(rng):
+    """A word of one to four syllables that no way to ask has."""
+    while True:
+        syllables = rng.choice((1, 2, 2, 3, 4))
+        word = "".join(rng.choice(LETTERS) + rng.choice(VOWELS) for _ in range(syllables))
+        word += rng.choice(("", rng.choice(LETTERS)))
+        if word not in UNSEEN_WORDS:
+            return word
+
+
+def made_up_way(rng):
+    """A way to ask that means nothing: made-up words and others around "{}"."""
+    before, after = (
+        [made_up_word(rng) if rng.random() < 0.6 else rng.choice(AROUND) for _ in range(number)]
+        for number in (rng.randint(0, 6), rng.choice((0, 0, 1, 2, 3)))
+    )
+    if before:
+        before[-1] += rng.choice(("", "", "", ",", ":", "!", "?"))
+    comma = "," if after and rng.random() < 0.3 else ""
+    return " ".join([*before, "{}" + comma, *after])
 
 
 def way_to_ask(rng):
@@ -107,10 +146,8 @@ def typing_slip(rng, text):
     return " ".join(words)
 
 
-def ask(rng, phrase, unseen=False):
-    """A request for what `phrase` names; `unseen`: in a way that no training text uses."""
-    way = rng.choice(UNSEEN_WAYS) if unseen else way_to_ask(rng)
-    text = way.format(phrase)
+def written(rng, text):
+    """A request as it may be typed: with a slip, in any case and punctuation."""
     if rng.random() < TYPING_SLIPS:
         text = typing_slip(rng, text)
     if text[-1].isalnum():
@@ -118,3 +155,13 @@ def ask(rng, phrase, unseen=False):
         text += "?" if text.startswith(("could", "can ", "would")) else rng.choice(ends)
     case = rng.choice((str, str, str.capitalize, str.capitalize, str.upper, str.title))
     return case(text)
+
+
+def ask(rng, phrase, unseen=False):
+    """A request for what `phrase` names; `unseen`: in a way that no training text uses."""
+    way = rng.choice(UNSEEN_WAYS) if unseen else way_to_ask(rng)
+    text = written(rng, way.format(phrase))
+    own = random.Random(text)  # of its own, so that the benchmark's cases stay as they were
+    if not unseen and own.random() < MADE_UP_WAYS:
+        text = written(own, made_up_way(own).format(phrase))
+    return text
