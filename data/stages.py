@@ -16,7 +16,7 @@ STAGES = {
                  "colors": 1, "two objects": 2, "counting": 3, "position": 3, "attribution": 3,
                  "dense": 3, "crowded dense": 8, "edit": 12, "crowded edit": 26, "one subject": 14,
                  "two subjects": 16, "three subjects": 1, "association": 3,
-                 "free wordings": 30, "two colours": 8, "free edit": 16},
+                 "free wordings": 40, "two colours": 8, "free edit": 16},
 }  # fmt: skip
 NEEDS_CHECKPOINT = ("edit", "instruct")  # stages that fine-tune an existing model
 TINY_STEPS = {"edit": 1000, "instruct": 5000}  # and 2,400 for the others
