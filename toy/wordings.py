@@ -10,7 +10,8 @@ text: the benchmark asks with them alone.
 """
 
 import random
-import re
+
+from toy.vocabulary import words_in
 
 OPENINGS = ("", "", "", "", "please ", "hi, ", "hello! ", "hey, ", "now ", "ok, ", "could you ")
 OPENINGS += ("can you ", "would you ", "could you please ", "can you please ", "i want you to ")
@@ -79,15 +80,10 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 VOWELS = "aeiou"
 
 
-def words_of(texts):
-    """The words of texts, a set, without marks."""
-    return set(re.findall(r"[a-z']+", " ".join(texts)))
-
-
-UNSEEN_WORDS = words_of(UNSEEN_WAYS)
+UNSEEN_WORDS = words_in(" ".join(UNSEEN_WAYS))
 # Words around a phrase that leave what it asks for as it is.
-AROUND = words_of((*OPENINGS, *VERBS, *PICTURES, *ENDINGS, *OTHER_WAYS))
-AROUND = sorted(AROUND - words_of((*JOINTS, *ONLY, *AMOUNTS[1], "not")))
+AROUND = words_in(" ".join((*OPENINGS, *VERBS, *PICTURES, *ENDINGS, *OTHER_WAYS)))
+AROUND = sorted(AROUND - words_in(" ".join((*JOINTS, *ONLY, *AMOUNTS[1], "not"))))
 
 
 def trained_words():
