@@ -90,13 +90,13 @@ def token_states(llm, width):
     return tokenizer, CAPTION_SCALE * width**0.5 * F.normalize(projected, dim=-1)
 
 
-def caption_states(captions, tokenizer, states):
-    """States (B, L, width) of the captions' tokens, and their mask (B, L).
+def caption_states(captions, tokenizer, vectors):
+    """States (B, L, width) of the captions' tokens, of `vectors` (V, width), and their mask (B, L).
 
     Every caption ends with the end token, so that an empty one has a state too.
     """
     texts = [caption + tokenizer.eos_token for caption in captions]
-    rows = [states[ids] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    rows = [vectors[ids] for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     mask = [torch.ones(len(row), dtype=torch.long) for row in rows]
     return pad_sequence(rows, batch_first=True), pad_sequence(mask, batch_first=True)
 
@@ -131,13 +131,13 @@ def train_flag_diffusion(parts, vae, pictures):
     )
     scheduler = DPMSolverMultistepScheduler.from_pretrained(TINY / "diffusion" / "scheduler")
     rows = questions(parts.out, "trained", "name")
-    words = token_states(parts.out / LLM, sana.config.caption_channels)
+    tokenizer, vectors = token_states(parts.out / LLM, sana.config.caption_channels)
     pixels = {code: pictures_to_tensor([picture])[0] for code, picture in pictures.items()}
 
     def make(rng):
         chosen = rng.choices(rows, k=parts.batch_size)
         captions = ["" if rng.random() < 0.1 else row["text"] for row in chosen]
-        states, mask = caption_states(captions, *words)
+        states, mask = caption_states(captions, tokenizer, vectors)
         targets = torch.stack([pixels[Path(row["file_name"]).stem] for row in chosen])
         return {"pixels": targets, "states": states, "mask": mask}
 
@@ -147,7 +147,7 @@ def train_flag_diffusion(parts, vae, pictures):
     def evaluate():
         one_each = list({row["file_name"]: row for row in rows}.values())
         captions = [""] * len(one_each) + [row["text"] for row in one_each]
-        drawn = draw_captions(sana, vae, scheduler, *caption_states(captions, *words))
+        drawn = draw_captions(sana, vae, scheduler, *caption_states(captions, tokenizer, vectors))
         return {"flags drawn by name": share_right(drawn, torch.stack(list(pixels.values())))}
 
     fit("diffusion", [sana], make, loss_of, 1e-3, parts, evaluate)

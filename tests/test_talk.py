@@ -3,12 +3,11 @@
 import random
 
 from metaquery import TINY
-from toy import wordings
 from toy.scene import HELD_OUT, random_scene
 from toy.talk import TALKS, question, talks, unseen_question
 from toy.tasks import TEXT_KINDS, task
 from toy.vocabulary import FILE, unknown_words, words_in
-from toy.wordings import UNSEEN_WORDS
+from toy.wordings import UNSEEN_WORDS, made_up_word
 
 
 def test_held_out_pairs_are_in_no_training_text():
@@ -30,7 +29,7 @@ def test_ways_to_ask_that_are_unseen_are_in_no_training_text():
     assert not {"sketch", "illustrate", "wallpaper", "visualize"} & words_in(" ".join(asked))
     strange = [text for text in asked if len(unknown_words([text], TINY / "mllm" / FILE)) >= 2]
     assert 0.1 < len(strange) / len(asked) < 0.3  # made-up words around what is asked for
-    assert UNSEEN_WORDS.isdisjoint(wordings.made_up_word(rng) for _ in range(20_000))
+    assert UNSEEN_WORDS.isdisjoint(made_up_word(rng) for _ in range(20_000))
 
 
 def test_answers_are_true():

@@ -209,9 +209,9 @@ def free_wording(rng):
         phrase += rng.choice(wordings.GROUNDS).format(told)
         plain += f" on a {ground} background"
     items = [pair for pair, n in zip(pairs, numbers, strict=True) for _ in range(n)]
-    in_any_order = items if relation else rng.sample(items, len(items))
-    # To train on, they stand in the order of the words, which is learned sooner than any order.
-    placed = in_any_order if unseen else items
+    placed = items if relation else rng.sample(items, len(items))
+    if not unseen:  # in training, in the order of the words: it is learned sooner than any order
+        placed = items
     target = place_objects(rng, placed, layout, places, ground)
     goal = replace(_goal(items, coloured, relation), background=ground)
     return Task(wordings.ask(rng, phrase, unseen), target, goal, plain, for_test=unseen)

@@ -79,7 +79,6 @@ MADE_UP_WAYS = 0.25  # share of the requests to train on
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 VOWELS = "aeiou"
 
-
 UNSEEN_WORDS = words_in(" ".join(UNSEEN_WAYS))
 # Words around a phrase that leave what it asks for as it is.
 AROUND = words_in(" ".join((*OPENINGS, *VERBS, *PICTURES, *ENDINGS, *OTHER_WAYS)))
@@ -94,7 +93,7 @@ def trained_words():
 
 
 def made_up_word(rng):
-    """A word of one to four syllables that no way to ask has."""
+    """A word of one to four syllables that is in none of `UNSEEN_WAYS`."""
     while True:
         syllables = rng.choice((1, 2, 2, 3, 4))
         word = "".join(rng.choice(LETTERS) + rng.choice(VOWELS) for _ in range(syllables))
@@ -157,7 +156,7 @@ def ask(rng, phrase, unseen=False):
     """A request for what `phrase` names; `unseen`: in a way that no training text uses."""
     way = rng.choice(UNSEEN_WAYS) if unseen else way_to_ask(rng)
     text = written(rng, way.format(phrase))
-    own = random.Random(text)  # of its own, so that the benchmark's cases stay as they were
+    own = random.Random(text)  # not rng: the benchmark's cases depend on how often it is used
     if not unseen and own.random() < MADE_UP_WAYS:
         text = written(own, made_up_way(own).format(phrase))
     return text
