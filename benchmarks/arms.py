@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -70,15 +71,24 @@ def train(arm, seed, args):
     run(["train.py", *chain.from_iterable(pairs)], out.with_suffix(".log"))
 
 
+def made_on(device):
+    """The device that trains and draws here, and the versions of what it runs."""
+    made = {name: version(name) for name in ("torch", "transformers", "diffusers")}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {"device": name} | made
+
+
 def score_arm(arm, measures, seed, args):
     """Measure what is not measured yet of a trained model: {measure: {name: figure}}."""
     folder, path = folder_of(arm, seed, args), scores_of(arm, seed, args)
     kept = read_scores(arm, seed, args)
     missing = [name for name in measures if name not in kept]
     if missing:
-        model = MetaQuery.from_pretrained(folder).to(device_of(""), torch.bfloat16).eval()
+        device = device_of("")
+        model = MetaQuery.from_pretrained(folder).to(device, torch.bfloat16).eval()
         path.parent.mkdir(parents=True, exist_ok=True)
         kept["training"] = training_figures(folder)
+        kept["made on"] = made_on(device)
         for name in missing:
             kept[name] = measure(model, name, args.limit, seed, args.work)
             path.write_text(json.dumps(kept, indent=2) + "\n")

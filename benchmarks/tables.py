@@ -9,8 +9,8 @@ is trained once. Stopped at any time, the same command resumes: models are kept 
 was measured of each in benchmarks/results/arms, so that another machine can go on without the
 models. Two files are written, benchmarks/results/NAME.png and NAME.json:
 
-    {"table": "knowledge", "claim": ..., "seeds": [0, 1, 2], "settings": {"steps": 1200, ...},
-     "versions": {"torch": ..., ...},
+    {"table": "knowledge", "claim": ..., "seeds": [0, 1, 2], "settings": {"steps": 900, ...},
+     "made on": [{"device": "cpu", "torch": ..., ...}],
      "arms": {"queries": {"config": {"num_queries": 16}, "stages": ["pretrain"],
                           "figures": {"knowledge": [0.71, 0.69, 0.74], ...},
                           "mean": {"knowledge": 0.713, ...}, "spread": {"knowledge": 0.025, ...}},
@@ -25,7 +25,7 @@ import argparse
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
+from itertools import product
 from typing import NamedTuple
 
 from tqdm import tqdm
@@ -172,7 +172,7 @@ def main():
     add = parser.add_argument
     add("name", metavar="NAME", choices=list(TABLES), help=", ".join(TABLES))
     add("--seeds", type=int, default=3, help="trainings of each arm (3)")
-    add("--steps", type=int, default=1200, help="of each stage of training (1,200)")
+    add("--steps", type=int, default=900, help="of each stage of training (900)")
     add("--batch-size", type=int, default=32, help="samples a step (32)")
     # At train.py's 1e-3 the last layer learns slowly, and a real LLM's conditions become equal.
     add("--lr", type=float, default=3e-4, help="the highest learning rate (3e-4)")
@@ -193,9 +193,10 @@ def main():
         settings = {name: getattr(args, name) for name in ("steps", "batch_size", "lr", "limit")}
         result = {"table": args.name, "claim": table.claim, "seeds": seeds}
         result |= {"settings": settings | {"drawing": DRAWING, "frozen_parts": frozen_digest()}}
-        result["versions"] = {
-            name: version(name) for name in ("torch", "transformers", "diffusers")
-        }
+        result["made on"] = []
+        for arm, seed in product(table.arms.values(), seeds):
+            made = read_scores(arm, seed, args)["made on"]
+            result["made on"] += [made] if made not in result["made on"] else []
         result["arms"] = arms
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / f"{args.name}.json").write_text(json.dumps(result, indent=2) + "\n")

@@ -90,6 +90,7 @@ def test_a_stopped_table_resumes_with_the_same_figures(tmp_path, monkeypatch, ca
     monkeypatch.setitem(TABLES, "T1", Table("a claim", two, ("reconstruction", "five")))
     made = make_table("T1", tmp_path, monkeypatch, "--seeds", "1")
     assert set(made["arms"]) == set(two) and made["seeds"] == [0]
+    assert made["made on"] == [arms.made_on(arms.device_of(""))], "one machine made it all"
     losses = [arm["figures"]["training loss"][0] for arm in made["arms"].values()]
     assert losses[0] != losses[1] and made["arms"]["queries"]["mean"]["PSNR in dB"] > 0
     # As if it had been stopped while it trained the second arm and scored the first.

@@ -311,12 +311,13 @@ def two_coloured(rng, item):
 
 
 def random_scene(rng, patterns=0.0, held_out=0.0, least=1):
-    """Any scene: `least` (1 or 2) to 4 objects in some places of one layout, on any background.
+    """Any scene: `least` to 4 objects in some places of one layout, on any background.
 
     A share `patterns` of the objects has two colours (large ones only), and about a share
     `held_out` is of a held-out pair. In a quarter of the scenes all objects are alike.
     """
-    weights = (3 if least == 1 else 0, 3, 2, 2, 4)  # in the order of LAYOUTS
+    weights = zip(LAYOUTS.values(), (3, 3, 2, 2, 4), strict=True)
+    weights = [weight if len(layout.places) >= least else 0 for layout, weight in weights]
     layout = rng.choices(tuple(LAYOUTS), weights)[0]
     spots = LAYOUTS[layout].places
     places = sorted(rng.sample(spots, rng.randint(least, len(spots))), key=spots.index)

@@ -375,7 +375,8 @@ def association(rng):
     return _draw_as_it_is(rng.choice(ways), place_objects(rng, [answer]), [source])
 
 
-# "crowded": two objects or more, of which training needs more than chance gives.
+# "crowded": two objects or more ("very": three or four), of which training needs more than chance
+# gives.
 MAKERS = {
     "single object": partial(one_object, coloured=False),
     "colors": partial(one_object, coloured=True),
@@ -395,6 +396,7 @@ MAKERS = {
     "crowded dense": partial(dense, least=2),
     "crowded reconstruction": partial(reconstruction, least=2),
     "crowded edit": partial(edit, least=2),
+    "very crowded edit": partial(edit, least=3),
     "held-out": partial(one_object, coloured=True, held_out=True),
     "two colours": two_colours,
     "free wordings": free_wording,
