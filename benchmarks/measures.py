@@ -24,7 +24,7 @@ from toy.words import COMMONSENSE, plural, with_article
 
 # Fewer steps than sample.py's 30: the tables draw tens of thousands of pictures.
 DRAWING = {"steps": 20, "guidance": 3.0, "image_guidance": 1.5, "num_images": 1}
-NOT_DRAWN = ("training loss", "samples per second", "saved parameters", "PSNR in dB", *SIX_KINDS)
+NOT_DRAWN = ("training loss", "samples per second", "saved parameters", "PSNR in dB")
 LAST_STEPS = 50  # whose mean is the training loss
 OTHER_OF_PAIR = {one: other for pair in COMMONSENSE for one, other in (pair, pair[::-1])}
 
@@ -147,7 +147,9 @@ def save_figure(result, path):
         print(f"matplotlib is not installed, so {path} is not drawn: pip install matplotlib.")
         return
     arms = result["arms"]
-    names = [name for name in next(iter(arms.values()))["mean"] if name not in NOT_DRAWN]
+    measured = next(iter(arms.values()))["mean"]
+    summed_up = SIX_KINDS if "six-kind overall" in measured else ()
+    names = [name for name in measured if name not in (*NOT_DRAWN, *summed_up)]
     figure = Figure(figsize=(3 + len(names), 3.6), dpi=120, layout="constrained")
     axes = figure.subplots()
     if result["table"].startswith("F2"):
