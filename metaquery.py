@@ -57,6 +57,7 @@ class MetaQueryConfig:
     condition_on: Literal["queries", "random", "last_layer"] = "queries"  # Table 1
     train_mllm: bool = False  # Table 2: the paper keeps the MLLM frozen
     train_diffusion: bool = True  # Table 2: tuning the diffusion model helps
+    image_guidance: float = 1.5  # g_img of drawings from pictures, unless `generate` is given one
 
     def __post_init__(self):
         for field in fields(self):
@@ -82,7 +83,7 @@ TINY = HERE / "weights" / "tiny"
 SANA = "Efficient-Large-Model/Sana_1600M_512px_diffusers"
 PRESETS = {
     "tiny": {"mllm": str(TINY / "mllm"), "diffusion": str(TINY / "diffusion"),
-             "num_queries": 16, "connector_layers": 3},
+             "num_queries": 16, "connector_layers": 3, "image_guidance": 2.5},
     "base": {"mllm": "llava-hf/llava-onevision-qwen2-0.5b-ov-hf", "diffusion": SANA},
     "large": {"mllm": "Qwen/Qwen2.5-VL-3B-Instruct", "diffusion": SANA},
     "xlarge": {"mllm": "Qwen/Qwen2.5-VL-7B-Instruct", "diffusion": SANA},
@@ -398,17 +399,20 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
 
     @torch.no_grad()
     def generate(self, prompts, images=None, negative_prompt="", num_inference_steps=30,
-                 guidance_scale=3.0, image_guidance_scale=1.5, num_images_per_prompt=1,
+                 guidance_scale=3.0, image_guidance_scale=None, num_images_per_prompt=1,
                  generator=None, callback=None):  # fmt: skip
         """Draw pictures: a list of PIL images, `num_images_per_prompt` for each prompt in turn.
 
         images: per prompt a list of PIL images, or None. No guidance: guidance_scale g = 1,
-        image_guidance_scale g_img ≤ 1. `generator` seeds the noise, as in a diffusers pipeline.
+        image_guidance_scale g_img ≤ 1; None is the config's, 1.5 for the paper's sizes.
+        `generator` seeds the noise, as in a diffusers pipeline.
         `callback(guess)` is called after each step with latents (B·n, C, h, w), the picture as it
         looks to the solver. Raises InputError if the latents are not finite."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         images = picture_lists(prompts, images)
         negative = [negative_prompt] * len(prompts)
+        if image_guidance_scale is None:
+            image_guidance_scale = self.config.image_guidance
         # Each branch is one way to condition; all are encoded, and denoised, as one batch.
         branches = {"text": (prompts, images)}
         guide_by_images = any(images) and image_guidance_scale > 1

@@ -76,7 +76,7 @@ def add_drawing_options(parser):
     add("--diffusion", metavar="DIR", help="another place of its diffusion model")
     add("--negative-prompt", default="", help="what to steer away from")
     add("--guidance", type=float, default=3.0, help="guidance scale g; 1 is none (3.0)")
-    add("--image-guidance", type=float, default=1.5, help="g_img; at most 1 is none (1.5)")
+    add("--image-guidance", type=float, help="g_img; at most 1 is none (the checkpoint's)")
     add("--steps", type=int, default=30, help="denoising steps (30)")
     add("--seed", type=int, default=0, help="seed of the starting noise (0)")
     add("--num-images", type=int, default=1, help="pictures for each prompt (1)")
@@ -142,7 +142,10 @@ def device_of(name):
 
 
 def load_model(args):
-    """The MetaQuery that the flags name, on its device. Raises InputError."""
+    """The MetaQuery that the flags name, on its device. Raises InputError.
+
+    Sets --image-guidance to the checkpoint's unless it is given.
+    """
     import torch
     from transformers.utils.logging import disable_progress_bar
 
@@ -157,6 +160,8 @@ def load_model(args):
     given = {"mllm": args.mllm, "diffusion": args.diffusion}
     parts = {name: part for name, part in given.items() if part}
     model = MetaQuery.from_pretrained(folder, **parts)
+    if args.image_guidance is None:
+        args.image_guidance = model.config.image_guidance
     return model.to(device, getattr(torch, args.dtype)).eval()
 
 

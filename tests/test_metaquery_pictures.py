@@ -138,6 +138,17 @@ def test_three_branch_guidance_is_its_formula(build, g, g_img):
         assert (pixels(one).int() - pixels(other).int()).abs().max() <= 1
 
 
+def test_image_guidance_is_the_configs_unless_given(build):
+    model = build("llava", image_guidance=4.0)
+    drawn = []
+    for given in ({}, {"image_guidance_scale": 4.0}, {"image_guidance_scale": 1.5}):
+        given |= {"generator": torch.Generator().manual_seed(7), "num_inference_steps": 4}
+        drawn.append(
+            np.stack([np.asarray(p) for p in model.generate(PROMPTS, some_pictures(), **given)])
+        )
+    assert (drawn[0] == drawn[1]).all() and (drawn[0] != drawn[2]).any()
+
+
 @pytest.mark.parametrize("g, g_img, branches", [(3, 1.5, 3), (3, 1, 2), (1, 1, 1), (1, 1.5, 3)])
 def test_no_branch_is_run_in_vain(build, g, g_img, branches):
     model = build("llava")

@@ -55,6 +55,7 @@ MAY_CHANGE = {
     "workers",
     "resume",
     "checkpoint",
+    "image_guidance",
     "shard",
     "shard_frozen",
     "cache_latents",

@@ -37,6 +37,7 @@ BOUNDS = {
     "workers": (0, 256),
     "num_queries": (1, 65_536),
     "connector_layers": (1, 1000),
+    "image_guidance": (0, 100),
 }
 
 
