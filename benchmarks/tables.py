@@ -196,7 +196,8 @@ def main():
         result["made on"] = []
         for arm, seed in product(table.arms.values(), seeds):
             made = read_scores(arm, seed, args)["made on"]
-            result["made on"] += [made] if made not in result["made on"] else []
+            if made not in result["made on"]:
+                result["made on"].append(made)
         result["arms"] = arms
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / f"{args.name}.json").write_text(json.dumps(result, indent=2) + "\n")

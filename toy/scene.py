@@ -316,8 +316,9 @@ def random_scene(rng, patterns=0.0, held_out=0.0, least=1):
     A share `patterns` of the objects has two colours (large ones only), and about a share
     `held_out` is of a held-out pair. In a quarter of the scenes all objects are alike.
     """
-    weights = zip(LAYOUTS.values(), (3, 3, 2, 2, 4), strict=True)
-    weights = [weight if len(layout.places) >= least else 0 for layout, weight in weights]
+    weights = (3, 3, 2, 2, 4)  # in the order of LAYOUTS
+    has_room = [len(layout.places) >= least for layout in LAYOUTS.values()]
+    weights = [weight * room for weight, room in zip(weights, has_room, strict=True)]
     layout = rng.choices(tuple(LAYOUTS), weights)[0]
     spots = LAYOUTS[layout].places
     places = sorted(rng.sample(spots, rng.randint(least, len(spots))), key=spots.index)

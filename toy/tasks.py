@@ -375,8 +375,7 @@ def association(rng):
     return _draw_as_it_is(rng.choice(ways), place_objects(rng, [answer]), [source])
 
 
-# "crowded": two objects or more ("very": three or four), of which training needs more than chance
-# gives.
+# "crowded" has two objects or more, "very crowded" three or four: chance makes too few of them.
 MAKERS = {
     "single object": partial(one_object, coloured=False),
     "colors": partial(one_object, coloured=True),
