@@ -57,7 +57,7 @@ SUBJECTS = ("one subject", "two subjects")
 QUERIES = Arm({"num_queries": 16})  # as in the preset
 LAST_LAYER = Arm({"condition_on": "last_layer"})
 FLAGS = {"mllm": "flags/smollm2", "diffusion": "flags/diffusion"}
-FLAGS |= {"num_queries": 8, "connector_layers": 2}
+FLAGS |= {"num_queries": 2, "connector_layers": 2}
 FLAG_QUERIES = Arm(FLAGS, run={"data": "flags/train", "cache_prompts": True})
 NUMBERS = (1, 2, 4, 8, 16, 32, 64)
 TABLES = {

@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import AutoModelForCausalLM
 
 from benchmarks import real_knowledge
+from benchmarks.flag_readout import Readout
 from benchmarks.real_knowledge import (
     caption_states,
     make_flags,
@@ -18,7 +19,8 @@ from benchmarks.real_knowledge import (
     share_right,
     token_states,
 )
-from metaquery import MetaQuery, MetaQueryConfig
+from data.flags import questions
+from metaquery import TINY, MetaQuery, MetaQueryConfig
 
 COLORS = {"AA": "red", "BB": "green", "CC": "blue", "DD": "blue"}  # two have the same flag
 ARGS = {"steps": 2, "guidance": 1.0, "image_guidance": 1.0, "num_images": 1, "seed": 0}
@@ -104,3 +106,16 @@ def test_the_parts_are_made_once_and_draw(folder, monkeypatch):
     )
     assert [case["country"] for case in cases] == ["red", "green"] and len(cases[0]["nearest"]) == 4
     assert pictures[0].size == right[0].size == (64, 64)
+
+
+@pytest.mark.parametrize("condition_on", ["queries", "last_layer"])
+def test_a_readout_names_what_it_was_trained_on(folder, condition_on):
+    torch.manual_seed(0)
+    parts = [str(folder / "smollm2"), str(TINY / "diffusion")]
+    sizes = {"num_queries": 2, "connector_layers": 1, "condition_on": condition_on}
+    readout = Readout(MetaQueryConfig(*parts, **sizes), list(COLORS))
+    args = SimpleNamespace(steps=300, batch_size=8, limit=4)
+    before = readout.measure(folder, "by name", args)
+    readout.train(questions(folder, "trained"), args, seed=0)
+    assert before["by name"] < 1
+    assert readout.measure(folder, "by name", args) == {"by name": 1.0, "by name, top 5": 1.0}
