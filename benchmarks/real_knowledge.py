@@ -4,7 +4,9 @@
     python -m benchmarks.real_knowledge                    make the parts only
     python -m benchmarks.real_knowledge --checkpoint DIR   score one model, in more detail
 
-The last prints the share of right flags for each way to ask. Then it asks for the flags of the
+The last prints the share of right flags for each way to ask, and the share of right countries that
+a linear map reads from the condition: what it reads and is not drawn is lost in the drawing. Then
+it asks for the flags of the
 countries whose capitals were held out, and the model's LLM for their names in text: --out gets what
 each question came to, and a .png beside it some drawn flags, each left of the right one.
 
@@ -26,6 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.ceilings import ridge
 from benchmarks.frozen import run
 from data.command_line import (
     DRAWING_BOUNDS,
@@ -46,6 +49,7 @@ from toy.pretrain import redraw_loss, save_pipeline, velocity_loss
 
 SHUFFLED = "shuffled"  # the folder of the language model with shuffled weights
 VAE_STEPS, DIFFUSION_STEPS = 600, 2000
+RIDGE = 100.0  # λ of the linear map from a condition to its country
 CAPTION_SCALE = 5.5**0.5  # of tokens' states: the gain with which a connector starts
 
 # Measures of benchmarks/tables.py: of which split, and of which relation.
@@ -226,6 +230,38 @@ def measure_flags(model, name, args, folder):
     return {name: sum(top_1) / len(rows), f"{name}, top 5": sum(top_5) / len(rows)}
 
 
+@torch.no_grad()
+def condition_rows(model, rows):
+    """The mean conditions of questions: (B, c)."""
+    means = []
+    for start in range(0, len(rows), 32):
+        cond, mask = model.encode_prompts([row["text"] for row in rows[start : start + 32]])
+        mask = cond.new_ones(cond.shape[:2]) if mask is None else mask  # (B, L)
+        mask = (mask / mask.sum(1, keepdim=True))[..., None]
+        means.append((mask * cond).sum(1).float().cpu())
+    return torch.cat(means)
+
+
+def read_conditions(model, args, folder):
+    """{measure: share of its questions whose country is read from the condition}.
+
+    The linear map is fitted to the training prompts, by ridge regression.
+    """
+    trained = questions(folder, "trained")
+    countries = sorted({row["country"] for row in trained})
+    x = condition_rows(model, trained)  # (B, c)
+    mean, std = x.mean(0), x.std(0) + 1e-6
+    labels = torch.tensor([countries.index(row["country"]) for row in trained])
+    w = ridge((x - mean) / std, F.one_hot(labels, len(countries)), RIDGE)  # (c, countries)
+    shares = {}
+    for name in MEASURES:
+        rows = choose_questions(folder, name, args.limit)
+        read = (((condition_rows(model, rows) - mean) / std).double() @ w).argmax(1).tolist()
+        right = [countries[i] == row["country"] for i, row in zip(read, rows, strict=True)]
+        shares[name] = sum(right) / len(rows)
+    return shares
+
+
 # ---- One model, case by case ---------------------------------------------------------------------
 
 SHOWN = 24  # questions whose drawings are saved
@@ -275,9 +311,11 @@ def main():
             print(f"the parts are in {folder}")
             return
         model = load_model(args)
+        read = read_conditions(model, args, folder)
         for name in MEASURES:
             (_, top_1), (_, top_5) = measure_flags(model, name, args, folder).items()
-            print(f"{name:>25}  {top_1:.3f}, among the nearest five {top_5:.3f}", flush=True)
+            drawn = f"drawn {top_1:.3f}, among the nearest five {top_5:.3f}"
+            print(f"{name:>25}  {drawn}, read from the condition {read[name]:.3f}", flush=True)
         cases, pictures, right = cases_of(model, folder, args)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(cases, indent=1, ensure_ascii=False) + "\n")

@@ -101,6 +101,10 @@ def test_the_parts_are_made_once_and_draw(folder, monkeypatch):
         model, "by capital", SimpleNamespace(**ARGS, limit=4, negative_prompt=""), folder
     )
     assert set(figures) == {"by capital", "by capital, top 5"}
+    asked = {"by name": ("trained", "name"), "by capital": ("held-out", "capital")}
+    monkeypatch.setattr(real_knowledge, "MEASURES", asked)
+    read = real_knowledge.read_conditions(model, SimpleNamespace(limit=4), folder)
+    assert list(read) == list(asked) and read["by name"] > 0.25
     cases, pictures, right = real_knowledge.cases_of(
         model, folder, SimpleNamespace(**ARGS, limit=2, negative_prompt="")
     )
