@@ -22,7 +22,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from benchmarks.arms import IN_WORK
 from benchmarks.measures import print_table, save_figure, summary
-from benchmarks.real_knowledge import MEASURES, choose_questions, make_flags
+from benchmarks.real_knowledge import MEASURES, choose_questions, make_flags, mean_conditions
 from benchmarks.tables import TABLES
 from data.command_line import begin, check_bounds, errors_in_one_line, writable
 from data.flags import flags, questions
@@ -52,10 +52,7 @@ class Readout:
 
     def logits(self, rows):
         """The logits (B, F) of B questions."""
-        cond, mask = self.model.encode_prompts([row["text"] for row in rows])  # (B, L, c)
-        mask = cond.new_ones(cond.shape[:2]) if mask is None else mask  # (B, L)
-        weights = mask / mask.sum(1, keepdim=True)  # (B, L)
-        return self.head((weights[..., None] * cond).sum(1))  # (B, F)
+        return self.head(mean_conditions(self.model, rows))
 
     def train(self, rows, args, seed):
         """Train the queries, the connector and the head to name the country of each question."""

@@ -230,16 +230,19 @@ def measure_flags(model, name, args, folder):
     return {name: sum(top_1) / len(rows), f"{name}, top 5": sum(top_5) / len(rows)}
 
 
+def mean_conditions(model, rows):
+    """The conditions of B questions, each averaged over its L states: (B, c), with gradient."""
+    cond, mask = model.encode_prompts([row["text"] for row in rows])  # (B, L, c)
+    mask = cond.new_ones(cond.shape[:2]) if mask is None else mask  # (B, L)
+    weights = mask / mask.sum(1, keepdim=True)  # (B, L)
+    return (weights[..., None] * cond).sum(1)  # (B, c)
+
+
 @torch.no_grad()
-def condition_rows(model, rows):
-    """The mean conditions of questions: (B, c)."""
-    means = []
-    for start in range(0, len(rows), 32):
-        cond, mask = model.encode_prompts([row["text"] for row in rows[start : start + 32]])
-        mask = cond.new_ones(cond.shape[:2]) if mask is None else mask  # (B, L)
-        mask = (mask / mask.sum(1, keepdim=True))[..., None]
-        means.append((mask * cond).sum(1).float().cpu())
-    return torch.cat(means)
+def all_conditions(model, rows):
+    """`mean_conditions` of any number of questions: (B, c)."""
+    parts = [rows[start : start + 32] for start in range(0, len(rows), 32)]
+    return torch.cat([mean_conditions(model, part).float().cpu() for part in parts])
 
 
 def read_conditions(model, args, folder):
@@ -249,14 +252,14 @@ def read_conditions(model, args, folder):
     """
     trained = questions(folder, "trained")
     countries = sorted({row["country"] for row in trained})
-    x = condition_rows(model, trained)  # (B, c)
+    x = all_conditions(model, trained)  # (B, c)
     mean, std = x.mean(0), x.std(0) + 1e-6
     labels = torch.tensor([countries.index(row["country"]) for row in trained])
     w = ridge((x - mean) / std, F.one_hot(labels, len(countries)), RIDGE)  # (c, countries)
     shares = {}
     for name in MEASURES:
         rows = choose_questions(folder, name, args.limit)
-        read = (((condition_rows(model, rows) - mean) / std).double() @ w).argmax(1).tolist()
+        read = (((all_conditions(model, rows) - mean) / std).double() @ w).argmax(1).tolist()
         right = [countries[i] == row["country"] for i, row in zip(read, rows, strict=True)]
         shares[name] = sum(right) / len(rows)
     return shares
