@@ -1,4 +1,4 @@
-"""How many flags a linear map could name: the ceiling of what the arms of `flags` can draw.
+"""How many flags a linear map could name: an estimate of what the arms of `flags` could draw.
 
     python -m benchmarks.flag_readout             all arms, three seeds
     python -m benchmarks.flag_readout --seeds 1   one training of each
@@ -6,14 +6,13 @@
 The arms are those of `python -m benchmarks.tables flags`, with the same frozen language model,
 queries, connector and prompts. Only the end differs: instead of a diffusion model, a linear map
 reads the country from the mean of the condition, and all is trained by cross-entropy. What it names
-and an arm does not draw is lost in the drawing; what it does not name, the language model does not
-know, or queries do not read. Writes benchmarks/results/flag_readout.json and .png.
+and an arm does not draw is lost in the drawing. What it does not name is not known to the language
+model, or not read from it. Writes benchmarks/results/flag_readout.json and .png.
 """
 
 import argparse
 import json
 import random
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -25,18 +24,13 @@ from benchmarks.measures import print_table, save_figure, summary
 from benchmarks.real_knowledge import MEASURES, choose_questions, make_flags, mean_conditions
 from benchmarks.tables import TABLES
 from data.command_line import begin, check_bounds, errors_in_one_line, writable
-from data.flags import flags, questions
+from data.flags import code_of, flags, questions
 from metaquery import MetaQuery, MetaQueryConfig
 from training.kernels import choose_attention
 from training.prompts import CachedPrompts
 
 BOUNDS = {name: (1, 10**6) for name in ("seeds", "steps", "batch_size", "limit")}
 LR, WARMUP = 1e-3, 30  # the highest learning rate, and the steps to reach it
-
-
-def code_of(row):
-    """The country code of a question's flag."""
-    return Path(row["file_name"]).stem
 
 
 class Readout:
@@ -46,7 +40,6 @@ class Readout:
         self.model = MetaQuery(config, torch.bfloat16)
         choose_attention(self.model)
         self.model.mllm.base_model.forward = CachedPrompts(self.model)
-        self.model.diffusion.requires_grad_(False)
         self.head = torch.nn.Linear(self.model.connector.norm.weight.numel(), len(codes))
         self.codes = codes
 
@@ -56,8 +49,7 @@ class Readout:
 
     def train(self, rows, args, seed):
         """Train the queries, the connector and the head to name the country of each question."""
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        trained += self.head.parameters()
+        trained = [self.model.queries, *self.model.connector.parameters(), *self.head.parameters()]
         optimizer = torch.optim.AdamW(trained, LR, (0.9, 0.95))
         schedule = get_cosine_schedule_with_warmup(optimizer, WARMUP, args.steps)
         rng = random.Random(seed)
@@ -84,11 +76,10 @@ class Readout:
 
 def read_out(arm, seed, args):
     """Train one read-out and measure it: {measure: {name: share}}."""
-    fields = {name: x for name, x in arm.config.items() if name not in IN_WORK}
-    paths = {name: str(args.work / arm.config[name]) for name in IN_WORK if name in arm.config}
-    torch.manual_seed(seed)
     folder = args.work / "flags"
-    readout = Readout(MetaQueryConfig.preset("tiny", **fields, **paths), list(flags(folder)))
+    config = {n: str(args.work / x) if n in IN_WORK else x for n, x in arm.config.items()}
+    torch.manual_seed(seed)
+    readout = Readout(MetaQueryConfig.preset("tiny", **config), list(flags(folder)))
     readout.train(questions(folder, "trained"), args, seed)
     return {name: readout.measure(folder, name, args) for name in MEASURES}
 

@@ -1,14 +1,14 @@
 """Flags drawn from what a frozen language model knows: the experiment's parts, and its scorer.
 
-    python -m benchmarks.tables flags                      train and score all arms, three seeds
-    python -m benchmarks.real_knowledge                    make the parts only
-    python -m benchmarks.real_knowledge --checkpoint DIR   score one model, in more detail
+    python -m benchmarks.tables flags --steps 2600 --lr 1e-4   train and score all arms, three seeds
+    python -m benchmarks.real_knowledge                        make the parts only
+    python -m benchmarks.real_knowledge --checkpoint DIR       score one model, in more detail
 
 The last prints the share of right flags for each way to ask, and the share of right countries that
 a linear map reads from the condition: what it reads and is not drawn is lost in the drawing. Then
-it asks for the flags of the
-countries whose capitals were held out, and the model's LLM for their names in text: --out gets what
-each question came to, and a .png beside it some drawn flags, each left of the right one.
+it asks for the flags of the countries whose capitals were held out, and the model's LLM for their
+names in text: --out gets what each question came to, and a .png beside it some drawn flags, each
+left of the right one.
 
 `make_flags` makes what the arms share, in this order: pictures and prompts (data/flags.py); the
 language model, and one whose weights are shuffled; the toy VAE and the toy diffusion model,
@@ -19,7 +19,6 @@ input embeddings of its tokens, before any layer: it knows the countries by name
 import argparse
 import json
 from itertools import chain, product
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +39,7 @@ from data.command_line import (
     load_model,
     writable,
 )
-from data.flags import LLM, flags, questions
+from data.flags import LLM, code_of, flags, questions
 from data.pictures import grid, save_picture
 from metaquery import TINY
 from toy.fit import Run, fit, pictures_to_tensor
@@ -142,7 +141,7 @@ def train_flag_diffusion(parts, vae, pictures):
         chosen = rng.choices(rows, k=parts.batch_size)
         captions = ["" if rng.random() < 0.1 else row["text"] for row in chosen]
         states, mask = caption_states(captions, tokenizer, vectors)
-        targets = torch.stack([pixels[Path(row["file_name"]).stem] for row in chosen])
+        targets = torch.stack([pixels[code_of(row)] for row in chosen])
         return {"pixels": targets, "states": states, "mask": mask}
 
     def loss_of(batch):
@@ -206,7 +205,7 @@ def ask(model, rows, args, known):
     codes = list(known)
     found = []
     for row, order in zip(rows, nearest(pictures_to_tensor(pictures), pixels), strict=True):
-        asked = codes.index(Path(row["file_name"]).stem)
+        asked = codes.index(code_of(row))
         is_same = (pixels == pixels[asked]).flatten(1).all(1)
         order = [asked if is_same[i] else i for i in order.tolist()]
         found.append([codes[i] for i in dict.fromkeys(order)][:5])
@@ -224,7 +223,7 @@ def measure_flags(model, name, args, folder):
     """{name: share whose nearest flag is the right one, and among the nearest five}."""
     rows = choose_questions(folder, name, args.limit)
     _, found = ask(model, rows, args, flags(folder))
-    asked = [Path(row["file_name"]).stem for row in rows]
+    asked = [code_of(row) for row in rows]
     top_1 = [code == codes[0] for code, codes in zip(asked, found, strict=True)]
     top_5 = [code in codes for code, codes in zip(asked, found, strict=True)]
     return {name: sum(top_1) / len(rows), f"{name}, top 5": sum(top_5) / len(rows)}
@@ -292,7 +291,7 @@ def cases_of(model, folder, args):
         case["answer"] = answer
         case["known"] = row["country"] in answer
         cases.append(case)
-    return cases, pictures, [all_flags[Path(row["file_name"]).stem] for row in rows]
+    return cases, pictures, [all_flags[code_of(row)] for row in rows]
 
 
 def main():

@@ -151,6 +151,11 @@ def questions(folder, split=None, relation=None):
     return [row for row in rows if relation in (None, row["relation"])]
 
 
+def code_of(row):
+    """The country code of a question's flag: "FR"."""
+    return Path(row["file_name"]).stem
+
+
 def main():
     args = parse_flags()
     with errors_in_one_line():
