@@ -80,18 +80,14 @@ def scene_labels(scene):
     )
 
 
-def ridge(x, y, penalty):
-    """The linear map W of the ridge regression x·W ≈ y: W = (xᵀx + λ·1)⁻¹·xᵀy, λ the penalty."""
-    x = x.double()
-    gram = x.T @ x + penalty * torch.eye(x.shape[1], dtype=torch.double)
-    return torch.linalg.solve(gram, x.T @ y.double())
-
-
 def fit_readout(x, scenes):
-    """The linear map from conditions to the colour and shape at each place."""
+    """W of the ridge regression x·W ≈ one-hot labels: W = (xᵀx + λ·1)⁻¹·xᵀy."""
     labels = torch.stack([scene_labels(scene) for scene in scenes])  # (S, 2, 9)
     y = [F.one_hot(labels[:, i], len(names)).flatten(1) for i, names in enumerate(LABELS)]
-    return ridge(x, torch.cat(y, 1), RIDGE)  # y (S, 9·9 + 9·7)
+    y = torch.cat(y, 1).double()  # (S, 9·9 + 9·7)
+    x = x.double()
+    gram = x.T @ x + RIDGE * torch.eye(x.shape[1], dtype=torch.double)
+    return torch.linalg.solve(gram, x.T @ y)
 
 
 def read_scenes(x, w):

@@ -6,8 +6,8 @@
 The arms are those of `python -m benchmarks.tables flags`, with the same frozen language model,
 queries, connector and prompts. Only the end differs: instead of a diffusion model, a linear map
 reads the country from the mean of the condition, and all is trained by cross-entropy. What it names
-and an arm does not draw is lost in the drawing. What it does not name is not known to the language
-model, or not read from it. Writes benchmarks/results/flag_readout.json and .png.
+and an arm does not draw is lost in the drawing. It is trained briefly, so an arm may read more.
+Writes benchmarks/results/flag_readout.json and .png.
 """
 
 import argparse

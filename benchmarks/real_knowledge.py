@@ -4,11 +4,11 @@
     python -m benchmarks.real_knowledge                        make the parts only
     python -m benchmarks.real_knowledge --checkpoint DIR       score one model, in more detail
 
-The last prints the share of right flags for each way to ask, and the share of right countries that
-a linear map reads from the condition: what it reads and is not drawn is lost in the drawing. Then
-it asks for the flags of the countries whose capitals were held out, and the model's LLM for their
-names in text: --out gets what each question came to, and a .png beside it some drawn flags, each
-left of the right one.
+The last prints the share of right flags for each way to ask, and how often a question's condition
+is nearest to that of the right country's name: if it is and the flag is wrong, the drawing lost it.
+Then it asks for the flags of the countries whose capitals were held out, and the model's LLM for
+their names in text: --out gets what each question came to, and a .png beside it some drawn flags,
+each left of the right one.
 
 `make_flags` makes what the arms share, in this order: pictures and prompts (data/flags.py); the
 language model, and one whose weights are shuffled; the toy VAE and the toy diffusion model,
@@ -27,7 +27,6 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.ceilings import ridge
 from benchmarks.frozen import run
 from data.command_line import (
     DRAWING_BOUNDS,
@@ -48,7 +47,6 @@ from toy.pretrain import redraw_loss, save_pipeline, velocity_loss
 
 SHUFFLED = "shuffled"  # the folder of the language model with shuffled weights
 VAE_STEPS, DIFFUSION_STEPS = 600, 2000
-RIDGE = 100.0  # λ of the linear map from a condition to its country
 CAPTION_SCALE = 5.5**0.5  # of tokens' states: the gain with which a connector starts
 
 # Measures of benchmarks/tables.py: of which split, and of which relation.
@@ -181,7 +179,8 @@ def make_flags(folder):
 def nearest(drawn, known):
     """The indices of `known` (F, 3, H, W), the nearest first, for each of `drawn` (B, 3, H, W).
 
-    Returns (B, F). Pictures are near if the mean squared difference of their pixels is small.
+    Returns (B, F). Pictures are near if the mean squared difference of their pixels is small;
+    conditions, (F, c) and (B, c), likewise.
     """
     return torch.cdist(drawn.flatten(1), known.flatten(1)).argsort(1)
 
@@ -245,21 +244,20 @@ def all_conditions(model, rows):
 
 
 def read_conditions(model, args, folder):
-    """{measure: share of its questions whose country is read from the condition}.
+    """{measure: share of its questions whose condition is nearest to that of their country's name}.
 
-    The linear map is fitted to the training prompts, by ridge regression.
+    A country's condition is the mean over the prompts in training that name it.
     """
-    trained = questions(folder, "trained")
-    countries = sorted({row["country"] for row in trained})
-    x = all_conditions(model, trained)  # (B, c)
-    mean, std = x.mean(0), x.std(0) + 1e-6
-    labels = torch.tensor([countries.index(row["country"]) for row in trained])
-    w = ridge((x - mean) / std, F.one_hot(labels, len(countries)), RIDGE)  # (c, countries)
+    named = questions(folder, "trained", "name")
+    codes = sorted({code_of(row) for row in named})
+    labels = torch.tensor([codes.index(code_of(row)) for row in named])  # (B,)
+    cond = all_conditions(model, named)  # (B, c)
+    known = torch.stack([cond[labels == i].mean(0) for i in range(len(codes))])  # (F, c)
     shares = {}
     for name in MEASURES:
         rows = choose_questions(folder, name, args.limit)
-        read = (((all_conditions(model, rows) - mean) / std).double() @ w).argmax(1).tolist()
-        right = [countries[i] == row["country"] for i, row in zip(read, rows, strict=True)]
+        read = nearest(all_conditions(model, rows), known)[:, 0].tolist()
+        right = [codes[i] == code_of(row) for i, row in zip(read, rows, strict=True)]
         shares[name] = sum(right) / len(rows)
     return shares
 
