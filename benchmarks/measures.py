@@ -150,7 +150,8 @@ def save_figure(result, path):
     measured = next(iter(arms.values()))["mean"]
     summed_up = SIX_KINDS if "six-kind overall" in measured else ()
     names = [name for name in measured if name not in (*NOT_DRAWN, *summed_up)]
-    figure = Figure(figsize=(3 + len(names), 3.6), dpi=120, layout="constrained")
+    width = max(5.5, 3 + len(names))  # inches; the title needs as many
+    figure = Figure(figsize=(width, 3.6), dpi=120, layout="constrained")
     axes = figure.subplots()
     if result["table"].startswith("F2"):
         numbers = [arm["config"]["num_queries"] for arm in arms.values()]
@@ -162,12 +163,12 @@ def save_figure(result, path):
         axes.set_xticks(numbers, numbers)
         axes.set_xlabel("queries N")
     else:
-        width = 0.8 / len(arms)
+        bar = 0.8 / len(arms)  # its width
         for number, (label, arm) in enumerate(arms.items()):
-            places = [place + (number + 0.5) * width - 0.4 for place in range(len(names))]
+            places = [place + (number + 0.5) * bar - 0.4 for place in range(len(names))]
             means = [arm["mean"][name] for name in names]
             spreads = [arm["spread"][name] for name in names]
-            axes.bar(places, means, width, yerr=spreads, capsize=2, label=label)
+            axes.bar(places, means, bar, yerr=spreads, capsize=2, label=label)
         labels = [name.replace(", ", "\n").replace(" ", "\n") for name in names]
         axes.set_xticks(range(len(names)), labels, fontsize=8)
     axes.set_ylim(0, 1.05)
