@@ -80,6 +80,7 @@ class TrainConfig:
     warmup: int = 200  # steps to reach it
     weight_decay: float = 0.01  # of matrices, not of biases, norms or queries
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm
+    sigma_shift: float = 1.0  # above 1, high noise levels come more often; 1 is uniform
     seed: int = 0  # of the weights, the data's order and the noise
     save_every: int = 1000  # steps between checkpoints
     keep: int = 2  # checkpoints that are kept

@@ -1,6 +1,6 @@
 """Flags drawn from what a frozen language model knows: the experiment's parts, and its scorer.
 
-    python -m benchmarks.tables flags --steps 2600 --lr 1e-4   train and score all arms, three seeds
+    python -m benchmarks.tables flags --steps 1800 --lr 2e-4   train and score all arms, three seeds
     python -m benchmarks.real_knowledge                        make the parts only
     python -m benchmarks.real_knowledge --checkpoint DIR       score one model, in more detail
 

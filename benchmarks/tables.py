@@ -58,7 +58,9 @@ QUERIES = Arm({"num_queries": 16})  # as in the preset
 LAST_LAYER = Arm({"condition_on": "last_layer"})
 FLAGS = {"mllm": "flags/smollm2", "diffusion": "flags/diffusion"}
 FLAGS |= {"num_queries": 2, "connector_layers": 2}
-FLAG_QUERIES = Arm(FLAGS, run={"data": "flags/train", "cache_prompts": True})
+# Which flag it is shows at high noise levels: more of them make it learn sooner.
+FLAG_RUN = {"data": "flags/train", "cache_prompts": True, "sigma_shift": 3.0}
+FLAG_QUERIES = Arm(FLAGS, run=FLAG_RUN)
 NUMBERS = (1, 2, 4, 8, 16, 32, 64)
 TABLES = {
     "knowledge": Table(  # Tables 6, 7 and 9

@@ -77,6 +77,8 @@ class Collate:
         targets = to_pixels([row.target for row in rows], self.resolution)
         indices = [row.index for row in rows]
         noise, sigma, u = noise_of(indices, self.latent_shape, self.config.seed)
+        shift = self.config.sigma_shift
+        sigma = shift * sigma / (1 + (shift - 1) * sigma)  # Stable Diffusion 3, equation 23
         conditions = [
             drop_conditions(row.prompt, row.images, chance, self.config.stage)
             for row, chance in zip(rows, u.tolist(), strict=True)

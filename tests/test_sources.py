@@ -15,9 +15,10 @@ import torch
 from conftest import losses, run
 from PIL import Image
 
-from data.batches import open_batches
-from data.sources import open_rows, share_of
+from data.batches import Collate, open_batches
+from data.sources import Row, open_rows, share_of
 from metaquery import InputError
+from train import TrainConfig
 
 
 def picture(number):
@@ -270,3 +271,15 @@ def test_training_on_a_dataset(parts, tmp_path):
                 run(["rm", "-r", str(tmp_path / out / name)])
     assert losses(tmp_path / "b") == losses(tmp_path / "a")[2:]
     assert torch.isfinite(torch.tensor(losses(tmp_path / "a"))).all()
+
+
+def test_sigma_shift_raises_the_noise_levels_of_the_same_samples(build):
+    rows = [Row(f"no {i}", [], picture(i), 0, i) for i in range(100)]
+    model = build()
+    uniform, shifted = (
+        Collate(model, TrainConfig(sigma_shift=shift))(rows).micro_batches[0].sigma
+        for shift in (1.0, 3.0)
+    )
+    assert abs(uniform.mean() - 0.5) < 0.1
+    torch.testing.assert_close(shifted, 3 * uniform / (1 + 2 * uniform))
+    assert (shifted >= uniform).all() and shifted.max() <= 1

@@ -30,6 +30,7 @@ BOUNDS = {
     "warmup": (0, 10**8),
     "weight_decay": (0, 1),
     "max_grad_norm": (1e-12, 10**6),
+    "sigma_shift": (0.01, 100),
     "seed": (0, MAX_SEED),
     "save_every": (1, 10**8),
     "keep": (1, 10**6),
