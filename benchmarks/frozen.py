@@ -44,8 +44,8 @@ def make_random_mllm(folder):
 def make_language_models(folder):
     """A toy language model, llm/, and the MLLM that visual tuning makes of it, mllm/.
 
-    With the shipped MLLM's eye, and in at most a quarter of toy.pretrain's steps: some two hours
-    on one core.
+    The vision tower is the shipped MLLM's. At most a quarter of toy.pretrain's steps are made,
+    which should take about two hours on one core.
     """
     shipped = AutoModelForImageTextToText.from_pretrained(TINY / "mllm", dtype=torch.float32)
     shipped.model.vision_tower.save_pretrained(folder / "vision")

@@ -163,12 +163,12 @@ def save_figure(result, path):
         axes.set_xticks(numbers, numbers)
         axes.set_xlabel("queries N")
     else:
-        bar = 0.8 / len(arms)  # its width
+        bar_width = 0.8 / len(arms)
         for number, (label, arm) in enumerate(arms.items()):
-            places = [place + (number + 0.5) * bar - 0.4 for place in range(len(names))]
+            places = [place + (number + 0.5) * bar_width - 0.4 for place in range(len(names))]
             means = [arm["mean"][name] for name in names]
             spreads = [arm["spread"][name] for name in names]
-            axes.bar(places, means, bar, yerr=spreads, capsize=2, label=label)
+            axes.bar(places, means, bar_width, yerr=spreads, capsize=2, label=label)
         labels = [name.replace(", ", "\n").replace(" ", "\n") for name in names]
         axes.set_xticks(range(len(names)), labels, fontsize=8)
     axes.set_ylim(0, 1.05)
