@@ -75,8 +75,10 @@ def test_the_target_is_the_picture_least_like_the_others():
         rng = np.random.default_rng(seed)
         features = unit(rng.normal(size=(rng.integers(3, 7), 8)).astype(np.float32))
         number = len(features)
-        averages = [np.mean([features[i] @ features[j] for j in range(number) if j != i])
-                    for i in range(number)]  # fmt: skip
+        averages = [
+            np.mean([features[i] @ features[j] for j in range(number) if j != i])
+            for i in range(number)
+        ]
         assert choose_target(features) == int(np.argmin(averages))
     assert choose_target(unit(np.float32([[1, 0], [1, 1]]))) == 1  # of two, the later
 
@@ -109,11 +111,14 @@ def test_answers_are_parsed(answer, prompt):
         ("This object left of a blue circle", "a red star left of a blue circle", None),
         ("The same lighthouse", "lighthouse", None),
         ("A red star left of a circle", "a red star", "refers to no source"),
-        ("This red star left of a blue circle", "a red star left of a blue circle",
-         "gives the target away"),
+        (
+            "This red star left of a blue circle",
+            "a red star left of a blue circle",
+            "gives the target away",
+        ),
         ("The same dog as in the target image", "a dog on a beach", "names the target"),
     ],
-)  # fmt: skip
+)
 def test_leaking_prompts_are_found(prompt, caption, expected):
     assert fault(prompt, caption) == expected
 
@@ -238,8 +243,11 @@ def rows_in(out):
 
 def without_times(out):
     stats = json.loads((out / "stats.json").read_text())
-    return {name: value for name, value in stats.items() if name not in
-            ("stages", "documents_per_second")}  # fmt: skip
+    return {
+        name: value
+        for name, value in stats.items()
+        if name not in ("stages", "documents_per_second")
+    }
 
 
 @pytest.fixture(scope="module")

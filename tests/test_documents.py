@@ -65,8 +65,10 @@ def write_pictures(folder, *names):
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.zip", ".jsonl.gz"])
 def test_shards_are_read_in_any_blocks(tmp_path, suffix):
     write_pictures(tmp_path, "a.png", "b.png")
-    lines = [mmc4([f"a  {i}\n", "b"], ("image_name", "a.png", 0), ("image_name", "b.png", 1))
-             for i in range(7)]  # fmt: skip
+    lines = [
+        mmc4([f"a  {i}\n", "b"], ("image_name", "a.png", 0), ("image_name", "b.png", 1))
+        for i in range(7)
+    ]
     data = "\n".join(lines).encode()
     path = tmp_path / f"shard{suffix}"
     if suffix.endswith("zip"):
@@ -83,8 +85,16 @@ def test_shards_are_read_in_any_blocks(tmp_path, suffix):
 def test_broken_lines_are_numbered_skipped_and_counted(tmp_path, capfd):
     write_pictures(tmp_path, "a.png")
     good = mmc4(["a"], ("image_name", "a.png", 0))
-    broken = [b"{", b"\xff\xfe", b"[1]", b"null", b'{"text_list": []}', b"", b"[" * 10**5,
-              b'{"text_list": ["a"], "image_info": [7]}']  # fmt: skip
+    broken = [
+        b"{",
+        b"\xff\xfe",
+        b"[1]",
+        b"null",
+        b'{"text_list": []}',
+        b"",
+        b"[" * 10**5,
+        b'{"text_list": ["a"], "image_info": [7]}',
+    ]
     (tmp_path / "x.jsonl").write_bytes(b"\n".join([good.encode(), *broken, good.encode()]))
     documents, counts, _ = read(tmp_path, "--block-size", 4)
     assert captions(documents) == [["a"], ["a"]]
@@ -105,11 +115,20 @@ def test_a_damaged_shard_is_read_as_far_as_possible(tmp_path, capfd):
 def test_strange_documents_lose_only_what_is_wrong(tmp_path):
     write_pictures(tmp_path, "a.png", "b.png")
     long = "word " * 2000
-    lines = [mmc4([]),
-             mmc4([long, "\ud800 ok \x00"], ("image_name", "a.png", 0), ("image_name", "b.png", 1)),
-             mmc4(["a", " \n"], ("image_name", "a.png", 0), ("image_name", "b.png", 1),
-                  ("image_name", "a.png", 9), ("image_name", "a.png", -1),
-                  ("image_name", None, 0), ("raw_url", None, 0), ("raw_url", 7, 0))]  # fmt: skip
+    lines = [
+        mmc4([]),
+        mmc4([long, "\ud800 ok \x00"], ("image_name", "a.png", 0), ("image_name", "b.png", 1)),
+        mmc4(
+            ["a", " \n"],
+            ("image_name", "a.png", 0),
+            ("image_name", "b.png", 1),
+            ("image_name", "a.png", 9),
+            ("image_name", "a.png", -1),
+            ("image_name", None, 0),
+            ("raw_url", None, 0),
+            ("raw_url", 7, 0),
+        ),
+    ]
     (tmp_path / "x.jsonl").write_text("\n".join(lines))
     documents, counts, dropped = read(tmp_path)
     assert counts["documents_without_pictures"] == 1
@@ -192,8 +211,14 @@ def test_unusable_pictures_are_dropped_by_cause(tmp_path):
     documents, _, dropped = read(tmp_path, "--max-megabytes", 1, "--resolution", 300)
     assert [picture.size for picture in documents[0].pictures] == [(300, 256), (500, 300)]
     assert {picture.mode for picture in documents[0].pictures} == {"RGB"}
-    assert dropped == {"too small": 1, "broken picture": 4, "too many pixels": 2, "too long": 1,
-                       "too large": 1, "missing file": 1}  # fmt: skip
+    assert dropped == {
+        "too small": 1,
+        "broken picture": 4,
+        "too many pixels": 2,
+        "too long": 1,
+        "too large": 1,
+        "missing file": 1,
+    }
 
 
 def test_near_duplicates_are_found_and_others_are_not():

@@ -180,8 +180,10 @@ def free_wording(rng):
     ask of `wordings.UNSEEN_WAYS` are for tests alone.
     """
     unseen = rng.random() < 0.5
-    numbers = rng.choice(((1,), (1,), (1,), (2,), (3,), (4,), (1, 1), (1, 1), (2, 1), (1, 2),
-                          (2, 2), (3, 1), (1, 1, 1)))  # fmt: skip
+    # How many objects of each sort, the first-named sort first.
+    one_sort = [(1,), (1,), (1,), (2,), (3,), (4,)]
+    two_sorts = [(1, 1), (1, 1), (2, 1), (1, 2), (2, 2), (3, 1)]
+    numbers = rng.choice(one_sort + two_sorts + [(1, 1, 1)])
     coloured = sum(numbers) > 2 and len(numbers) > 1 or rng.random() < 0.7
     pairs = []
     while len(pairs) < len(numbers):
