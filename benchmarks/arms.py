@@ -63,6 +63,7 @@ def train(arm, seed, args):
     given = {"size": "tiny", "stage": arm.stages[-1], "seed": seed, "out": out, "keep": 1}
     given |= {"steps": args.steps, "batch_size": args.batch_size, "warmup": args.steps // 10}
     given |= {"lr": args.lr, "save_every": 100, "sample_every": args.steps}
+    given |= {"sigma_shift": 1.0}  # uniform noise levels, unless the arm has others
     given |= arm.config | arm.run
     given |= {name: args.work / given[name] for name in IN_WORK if name in given}
     if len(arm.stages) > 1:

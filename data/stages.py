@@ -19,13 +19,19 @@ STAGES = {
                  "free wordings": 40, "two colours": 8, "free edit": 16},
 }  # fmt: skip
 NEEDS_CHECKPOINT = ("edit", "instruct")  # stages that fine-tune an existing model
-TINY_STEPS = {"edit": 1000, "instruct": 5000}  # and 2,400 for the others
+# The toy world's recipes, where they differ from TrainConfig's defaults. What is drawn and where is
+# decided at high noise levels: pretraining has more of them.
+TINY_RECIPES = {
+    "pretrain": {"steps": 900, "lr": 3e-4, "sigma_shift": 3.0},
+    "edit": {"steps": 1000},
+    "instruct": {"steps": 5000},
+}
 
 
 def recipe(size, stage):
     """Defaults of TrainConfig's fields for a stage at a size: the paper's, or the toy world's."""
     if size == "tiny":
-        return {"steps": TINY_STEPS.get(stage, 2400)}
+        return TINY_RECIPES.get(stage, {})
     # §4: 25M pictures eight times are 48,828 steps of 4,096. The paper does not name all of its
     # pictures; cc12m alone has 11M, of which this is 18 passes. Weight decay and the gradient's
     # norm, on which the paper is silent, are those of its authors' code.

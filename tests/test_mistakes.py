@@ -443,7 +443,7 @@ def test_help_is_complete_and_imports_nothing_slow():
     code += "finally: print('slow:', {'torch', 'transformers', 'datasets'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "slow: set()" in done.stdout
-    for words in ("--num-queries", "how many learnable queries", "(2400)", "{enc-proj,proj-enc}"):
+    for words in ("--num-queries", "how many learnable queries", "(900)", "{enc-proj,proj-enc}"):
         assert words in done.stdout
 
 

@@ -109,9 +109,11 @@ def parse_flags(description):
     begin(parser)
     train_fields = fields_of("train.py", "TrainConfig")
     model_fields = fields_of("metaquery.py", "MetaQueryConfig")
-    run = parser.add_argument_group("the run (defaults of --size tiny; other sizes: the paper's)")
+    title = "the run (defaults of the toy world's pretrain; other sizes: the paper's)"
+    run = parser.add_argument_group(title)
+    shown = recipe("tiny", "pretrain")
     for field in train_fields:
-        add_flag(run, field)
+        add_flag(run, field._replace(default=shown.get(field.name, field.default)))
     model = parser.add_argument_group("the model (defaults: those of --size, or the checkpoint's)")
     for field in model_fields:
         add_flag(model, field)
