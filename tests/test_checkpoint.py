@@ -199,7 +199,7 @@ def test_another_run_is_refused(parts, whole, tmp_path):
     shutil.copytree(whole, out)
     done = run(command(parts, out, "--lr", "0.5", "--num-queries", "5"))
     last = done.stderr.splitlines()[-1]
-    assert done.returncode == 2 and "lr 0.001 there, 0.5 here" in last
+    assert done.returncode == 2 and "lr 0.0003 there, 0.5 here" in last
     assert "num_queries 4 there, 5 here" in last
     assert run(command(parts, out, "--keep", "1", "--micro-batch-size", "2")).returncode == 0
     done = run(command(parts, out, "--resume", "none"))
