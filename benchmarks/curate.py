@@ -11,7 +11,7 @@ that was trained on what was made: it draws one or two subjects that only the pi
 
 Do curated rows teach to follow subjects? This measures it, for one seed:
 
-    python train.py --stage pretrain --steps 1200 --out runs/base
+    python train.py --stage pretrain --steps 1200 --lr 1e-3 --sigma-shift 1 --out runs/base
     python -m benchmarks.curate --out runs/curate --documents 3000
     python train.py --stage instruct --data runs/curate/curated --checkpoint runs/base \
       --steps 2000 --warmup 50 --seed 0 --out runs/curated-0

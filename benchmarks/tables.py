@@ -176,7 +176,7 @@ def main():
     add("--seeds", type=int, default=3, help="trainings of each arm (3)")
     add("--steps", type=int, default=900, help="of each stage of training (900)")
     add("--batch-size", type=int, default=32, help="samples a step (32)")
-    # At train.py's 1e-3 the last layer learns slowly, and a real LLM's conditions become equal.
+    # At 1e-3 the last layer learns slowly, and a real LLM's conditions become equal.
     add("--lr", type=float, default=3e-4, help="the highest learning rate (3e-4)")
     add("--limit", type=int, default=50, help="test cases of each measure (50)")
     add("--jobs", type=int, default=os.cpu_count(), help="trainings at a time (one a core)")

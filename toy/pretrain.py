@@ -9,8 +9,8 @@ mllm       LLaVA-OneVision of the two: the projector learns those words, then al
 diffusion  a toy Sana, conditioned on the last-layer embeddings of `llm`, as Sana is on Gemma's
 
 Each part is saved in the hub's own layout, so that `from_pretrained(folder)` loads it like the
-real one; vision/ and llm/ are steps on the way. It takes hours: on one
-core the language model alone takes more than five.
+real one; vision/ and llm/ are steps on the way. It takes hours: on one core the language model
+alone takes more than five.
 """
 
 import argparse
