@@ -72,6 +72,9 @@ def fit(name, modules, make_batch, loss_of, lr, run, evaluate=None, steps=None, 
     device = torch.device(run.device)
     # On a GPU, cuDNN's attention takes a second to plan for each new length of text.
     torch.backends.cuda.enable_cudnn_sdp(False)
+    # On a CPU the fused attention is slow: its plain one, in bfloat16, saves a quarter of the time.
+    torch.backends.cuda.enable_flash_sdp(device.type != "cpu")
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(device.type == "cpu")
     model = torch.nn.ModuleList(modules).to(device)
     for parameter in model.parameters():
         if parameter.requires_grad:  # gradients laid out as the weights: the shipped parts' bits
