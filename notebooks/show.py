@@ -63,7 +63,7 @@ def show_results(table, names):
     result = json.loads(path.read_text())
     settings = result["settings"]
     command += f" --seeds {len(result['seeds'])}"
-    for name in ("steps", "batch_size", "limit"):
+    for name in ("steps", "batch_size", "lr", "limit"):
         command += f" --{name.replace('_', '-')} {settings[name]}"
     print(command)
     width = 0.8 / len(result["arms"])

@@ -52,11 +52,11 @@ def test_results_are_drawn_and_where_there_are_none_the_command_is_told(
     arms["two"] = {"mean": {"dense": 0.75}, "spread": {"dense": 0.0}}
     result = {
         "seeds": [0, 1, 2],
-        "settings": {"steps": 600, "batch_size": 16, "limit": 50},
+        "settings": {"steps": 600, "batch_size": 16, "lr": 2e-4, "limit": 50},
         "arms": arms,
     }
     (tmp_path / "T3.json").write_text(json.dumps(result))
     show.show_results("T3", ["dense"])
     heights = [bar.get_height() for bar in drawn[0].axes[0].patches]
     assert heights == [0.5, 0.75]
-    assert "T3 --seeds 3 --steps 600 --batch-size 16 --limit 50" in capsys.readouterr().out
+    assert "T3 --seeds 3 --steps 600 --batch-size 16 --lr 0.0002 --limit 50" in capsys.readouterr().out
