@@ -59,4 +59,5 @@ def test_results_are_drawn_and_where_there_are_none_the_command_is_told(
     show.show_results("T3", ["dense"])
     heights = [bar.get_height() for bar in drawn[0].axes[0].patches]
     assert heights == [0.5, 0.75]
-    assert "T3 --seeds 3 --steps 600 --batch-size 16 --lr 0.0002 --limit 50" in capsys.readouterr().out
+    told = "T3 --seeds 3 --steps 600 --batch-size 16 --lr 0.0002 --limit 50"
+    assert told in capsys.readouterr().out
