@@ -130,10 +130,16 @@ def summary(scored):
     return {"figures": figures, "mean": means, "spread": spreads}
 
 
+def seeds_in_words(result):
+    """ "1 seed" or "3 seeds"."""
+    number = len(result["seeds"])
+    return f"{number} seed{'s' * (number > 1)}"
+
+
 def print_table(result):
     """A line for each figure: its mean and spread for each arm."""
     arms = result["arms"].values()
-    print(f"{result['table']}, {len(result['seeds'])} seeds: {', '.join(result['arms'])}")
+    print(f"{result['table']}, {seeds_in_words(result)}: {', '.join(result['arms'])}")
     for name in next(iter(arms))["mean"]:
         cells = [f"{arm['mean'][name]:14.3f} ± {arm['spread'][name]:.3f}" for arm in arms]
         print(f"{name:>28}{''.join(cells)}")
@@ -174,8 +180,6 @@ def save_figure(result, path):
     axes.set_ylim(0, 1.05)
     axes.set_ylabel("share right")
     steps = result["settings"]["steps"]
-    axes.set_title(
-        f"{result['table']}: mean ± spread of {len(result['seeds'])} seeds, {steps} steps"
-    )
+    axes.set_title(f"{result['table']}: mean ± spread of {seeds_in_words(result)}, {steps} steps")
     axes.legend(fontsize=8)
     figure.savefig(path)
