@@ -15,8 +15,8 @@ STAGES = {
     "instruct": {"reconstruction": 6, "crowded reconstruction": 10, "single object": 6,
                  "colors": 1, "two objects": 2, "counting": 3, "position": 3, "attribution": 3,
                  "dense": 3, "crowded dense": 8, "edit": 12, "crowded edit": 26, "one subject": 14,
-                 "two subjects": 16, "three subjects": 1, "association": 3,
-                 "free wordings": 40, "two colours": 8, "free edit": 16},
+                 "two subjects": 16, "three subjects": 1, "association": 6,
+                 "free wordings": 40, "two colours": 8, "free edit": 16, "free dense": 10},
 }  # fmt: skip
 NEEDS_CHECKPOINT = ("edit", "instruct")  # stages that fine-tune an existing model
 # The toy world's recipes, where they differ from TrainConfig's defaults. What is drawn and where is

@@ -13,10 +13,10 @@ TALKS = {"a picture": 4, "five pictures": 4, "a question": 2, "five questions": 
 TALKS |= {"questions of one picture": 2, "prompts": 4, "facts": 0.6}
 # The kinds of task that the toy MLLM restates in plain words; a repeated kind is more likely.
 RESTATED_WITH_PICTURES = ("edit",) * 5 + ("one subject", "two subjects", "three subjects")
-RESTATED_WITH_PICTURES += ("association", *["free edit"] * 3, *["crowded edit"] * 3)
+RESTATED_WITH_PICTURES += ("association",) * 2 + ("free edit",) * 3 + ("crowded edit",) * 3
 RESTATED_WITH_PICTURES += ("very crowded edit",) * 6
 RESTATED_IN_WORDS = (*SIX_KINDS, *["dense"] * 3, *["knowledge"] * 5, "commonsense")
-RESTATED_IN_WORDS += ("free wordings",) * 8 + ("two colours",) * 2
+RESTATED_IN_WORDS += ("free wordings",) * 8 + ("two colours",) * 2 + ("free dense",)
 
 
 @dataclass(frozen=True)

@@ -296,6 +296,12 @@ def free_edit(rng):
                 return made
 
 
+def free_dense(rng):
+    """ "a red star in the centre and a blue circle at the bottom left": what a free edit leaves."""
+    target = free_edit(rng).target
+    return _draw_as_it_is(_wrapped(rng, describe(target)), target)
+
+
 def subjects(rng, number):
     """Pictures of 1 to 3 subjects that the prompt never names (paper section 5.4).
 
@@ -402,6 +408,7 @@ MAKERS = {
     "two colours": two_colours,
     "free wordings": free_wording,
     "free edit": free_edit,
+    "free dense": free_dense,
 }
 KINDS = tuple(MAKERS)
 SIX_KINDS = ("single object", "two objects", "counting", "colors", "position", "attribution")

@@ -4,7 +4,7 @@
     ask(rng, "two blue stars", unseen=True)    "quickly sketch two blue stars, will you?"
 
 A request is a way to ask around a phrase, in any case and punctuation, at times with a typing slip.
-In training a quarter of the ways hold made-up words, so that the phrase is found among words that
+In training half of the ways hold made-up words, so that the phrase is found among words that
 were never heard. The ways of `UNSEEN_WAYS`, and the words that only they use, are in no training
 text: the benchmark asks with them alone.
 """
@@ -75,7 +75,7 @@ GROUNDS += (". the background is {}", ", and the background should be {}", " on 
 ONLY = ("only {}", "just {}", "{} and nothing else", "{}, nothing else", "nothing but {}")
 ONLY += ("no {other}, just {}", "{} without any {other}", "{}, no {other}", "{} but no {other}")
 TYPING_SLIPS = 0.1  # share of the requests with one
-MADE_UP_WAYS = 0.25  # share of the requests to train on
+MADE_UP_WAYS = 0.5  # share of the requests to train on
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 VOWELS = "aeiou"
 
@@ -96,14 +96,18 @@ def made_up_word(rng):
     """A word of one to four syllables that is in none of `UNSEEN_WAYS`."""
     while True:
         syllables = rng.choice((1, 2, 2, 3, 4))
-        word = "".join(rng.choice(LETTERS) + rng.choice(VOWELS) for _ in range(syllables))
-        word += rng.choice(("", rng.choice(LETTERS)))
+        word = ""
+        for _ in range(syllables):
+            word += rng.choice(LETTERS) + rng.choice(VOWELS)
+            word += rng.choice(("", "", rng.choice(LETTERS)))
         if word not in UNSEEN_WORDS:
             return word
 
 
 def made_up_way(rng):
     """A way to ask that means nothing: made-up words and others around "{}"."""
+    if rng.random() < 0.5:
+        return altered_way(rng)
     before, after = (
         [made_up_word(rng) if rng.random() < 0.6 else rng.choice(AROUND) for _ in range(number)]
         for number in (rng.randint(0, 6), rng.choice((0, 0, 1, 2, 3)))
@@ -120,6 +124,15 @@ def way_to_ask(rng):
         return rng.choice(OTHER_WAYS)
     verb = rng.choice(VERBS) + " " + rng.choice(PICTURES)
     return rng.choice(OPENINGS) + verb + "{}" + rng.choice(ENDINGS)
+
+
+def altered_way(rng):
+    """A way to ask of those that are trained, with one to three of its words made up."""
+    words = way_to_ask(rng).split(" ")
+    around = [i for i, word in enumerate(words) if "{}" not in word]
+    for i in rng.sample(around, min(len(around), rng.choice((1, 1, 2, 3)))):
+        words[i] = made_up_word(rng)
+    return " ".join(words)
 
 
 def typing_slip(rng, text):
