@@ -2,7 +2,7 @@
 
 import pytest
 
-from toy.scene import render, satisfies, score
+from toy.scene import LAYOUTS, place_of, render, satisfies, score
 from toy.tasks import EDITS, KINDS, PICTURE_KINDS, SIX_KINDS, TEXT_KINDS, task
 
 
@@ -44,6 +44,18 @@ def test_crowded_kinds_have_two_objects_or_more():
             [len((s.sources or [s.target])[0].objects) for s in all_] for all_ in (few, many)
         )
         assert min(few) == 1 and min(many) == 2 and max(many) == 4
+
+
+def test_free_dense_captions_put_objects_at_places_of_several_layouts():
+    """As free edits leave them; plain dense captions never do."""
+    layouts = [set(layout.places) for layout in LAYOUTS.values()]
+    shares = {}
+    for kind in ("dense", "free dense"):
+        scenes = [task(kind, i).target for i in range(200)]
+        places = [{place_of(item) for item in scene.objects} for scene in scenes]
+        mixed = [not any(some <= layout for layout in layouts) for some in places]
+        shares[kind] = sum(mixed) / len(mixed)
+    assert shares["dense"] == 0 and shares["free dense"] > 0.3
 
 
 def test_test_prompts_are_never_trained_on():

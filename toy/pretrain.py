@@ -10,7 +10,7 @@ diffusion  a toy Sana, conditioned on the last-layer embeddings of `llm`, as San
 
 Each part is saved in the hub's own layout, so that `from_pretrained(folder)` loads it like the
 real one; vision/ and llm/ are steps on the way. It takes hours: on one core the language model
-alone takes more than five.
+alone takes about two.
 """
 
 import argparse
@@ -221,10 +221,10 @@ class Part(NamedTuple):
 PARTS = {
     "vae": Part(train_vae, 5500, 32, "diffusion/vae/config.json"),
     "vision": Part(train_vision, 3000, 64, "vision/config.json"),
-    "llm": Part(train_llm, 8000, 32, "llm/config.json"),
+    "llm": Part(train_llm, 5000, 32, "llm/config.json"),
     "mllm": Part(train_mllm, 3000, 32, "mllm/config.json", ("vision", "llm")),
     "diffusion": Part(
-        train_diffusion, 5500, 32, "diffusion/transformer/config.json", ("vae", "llm")
+        train_diffusion, 8000, 32, "diffusion/transformer/config.json", ("vae", "llm")
     ),
 }
 
