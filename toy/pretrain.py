@@ -141,7 +141,8 @@ DRAWN_KINDS = CAPTION_KINDS | {"crowded dense": 4, "free dense": 4, "two colours
 def train_diffusion(run):
     """A toy Sana on captions alone: 8x8 latents, 6 layers, 192 wide, flow matching."""
     tokenizer = AutoProcessor.from_pretrained(run.out / "mllm").tokenizer
-    language = Qwen2ForCausalLM.from_pretrained(run.out / "llm").eval().to(run.device)
+    language = Qwen2ForCausalLM.from_pretrained(run.out / "llm", dtype=torch.float32)
+    language = language.eval().to(run.device)
     vae = AutoencoderDC.from_pretrained(run.out / "diffusion" / "vae").eval().to(run.device)
     skip = len(tokenizer(chat(tokenizer, conversation("")[:1], False))["input_ids"])
     sana = SanaTransformer2DModel(

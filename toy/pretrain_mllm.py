@@ -163,7 +163,7 @@ def train_vision(run):
         return {"patch shapes": round(accuracy[0].item(), 4)}
 
     fit("vision", [tower, head], make, loss_of, 1e-3, run, evaluate)
-    tower.save_pretrained(run.out / "vision")
+    tower.to(torch.bfloat16).save_pretrained(run.out / "vision")
 
 
 CHAT_TEMPLATE = """{%- for message in messages -%}
@@ -424,7 +424,7 @@ def train_llm(run):
     evaluate = partial(examine, model, processor, True)
     fit("llm", [model], make, loss_of, 3e-3, run, evaluate, encode=encode)
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
-    model.save_pretrained(run.out / "llm")
+    model.to(torch.bfloat16).save_pretrained(run.out / "llm")
 
 
 def align(model, tokenizer, run):
@@ -454,8 +454,8 @@ def train_mllm(run):
     trained on, it drifts away from the words and the language model no longer reads it.
     """
     processor = AutoProcessor.from_pretrained(run.out / "mllm")
-    tower = SiglipVisionModel.from_pretrained(run.out / "vision")
-    language = Qwen2ForCausalLM.from_pretrained(run.out / "llm")
+    tower = SiglipVisionModel.from_pretrained(run.out / "vision", dtype=torch.float32)
+    language = Qwen2ForCausalLM.from_pretrained(run.out / "llm", dtype=torch.float32)
     config = LlavaOnevisionConfig(
         vision_config=tower.config,
         text_config=language.config,
