@@ -223,7 +223,7 @@ PARTS = {
     "vae": Part(train_vae, 5500, 32, "diffusion/vae/config.json"),
     "vision": Part(train_vision, 3000, 64, "vision/config.json"),
     "llm": Part(train_llm, 5000, 32, "llm/config.json"),
-    "mllm": Part(train_mllm, 3000, 32, "mllm/config.json", ("vision", "llm")),
+    "mllm": Part(train_mllm, 1500, 32, "mllm/config.json", ("vision", "llm")),
     "diffusion": Part(
         train_diffusion, 8000, 32, "diffusion/transformer/config.json", ("vae", "llm")
     ),
