@@ -106,8 +106,6 @@ def made_up_word(rng):
 
 def made_up_way(rng):
     """A way to ask that means nothing: made-up words and others around "{}"."""
-    if rng.random() < 0.5:
-        return altered_way(rng)
     before, after = (
         [made_up_word(rng) if rng.random() < 0.6 else rng.choice(AROUND) for _ in range(number)]
         for number in (rng.randint(0, 6), rng.choice((0, 0, 1, 2, 3)))
@@ -171,5 +169,6 @@ def ask(rng, phrase, unseen=False):
     text = written(rng, way.format(phrase))
     own = random.Random(text)  # not rng: the benchmark's cases depend on how often it is used
     if not unseen and own.random() < MADE_UP_WAYS:
-        text = written(own, made_up_way(own).format(phrase))
+        make_way = altered_way if own.random() < 0.5 else made_up_way
+        text = written(own, make_way(own).format(phrase))
     return text
