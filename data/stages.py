@@ -24,7 +24,14 @@ NEEDS_CHECKPOINT = ("edit", "instruct")  # stages that fine-tune an existing mod
 TINY_RECIPES = {
     "pretrain": {"steps": 900, "lr": 3e-4, "sigma_shift": 3.0},
     "edit": {"steps": 1000},
-    "instruct": {"steps": 5000},
+    "instruct": {
+        "steps": 8000,
+        "batch_size": 64,
+        "micro_batch_size": 16,
+        "lr": 5e-4,
+        "warmup": 100,
+        "sigma_shift": 3.0,
+    },
 }
 
 

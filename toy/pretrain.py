@@ -5,7 +5,7 @@
 vae        a toy DC-AE (Sana's autoencoder), trained to redraw random scenes
 vision     a toy SigLIP tower, taught what each patch shows; it is the MLLM's eye
 llm        a toy Qwen2, trained to talk: of facts, of prompts, of pictures given to it as words
-mllm       LLaVA-OneVision of the two: the projector learns those words, then all talk of pictures
+mllm       LLaVA-OneVision of the two: tower and projector learn those words, then all talk
 diffusion  a toy Sana, conditioned on the last-layer embeddings of `llm`, as Sana is on Gemma's
 
 Each part is saved in the hub's own layout, so that `from_pretrained(folder)` loads it like the
@@ -223,7 +223,7 @@ PARTS = {
     "vae": Part(train_vae, 5500, 32, "diffusion/vae/config.json"),
     "vision": Part(train_vision, 3000, 64, "vision/config.json"),
     "llm": Part(train_llm, 5000, 32, "llm/config.json"),
-    "mllm": Part(train_mllm, 1500, 32, "mllm/config.json", ("vision", "llm")),
+    "mllm": Part(train_mllm, 100, 32, "mllm/config.json", ("vision", "llm")),
     "diffusion": Part(
         train_diffusion, 8000, 32, "diffusion/transformer/config.json", ("vae", "llm")
     ),
