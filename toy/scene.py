@@ -104,8 +104,12 @@ def coverage(shape, x, y, size):
     """Share of each pixel that a shape covers: (64, 64) float32 in [0, 1]."""
     # Draw it near the middle, where it is in the cache, and shift by whole pixels.
     right, down = int(x) - SIZE // 2, int(y) - SIZE // 2
-    drawn = np.pad(_stencil(shape, x - right, y - down, size), SIZE)
-    return drawn[SIZE - down : 2 * SIZE - down, SIZE - right : 2 * SIZE - right]
+    drawn = _stencil(shape, x - right, y - down, size)
+    shifted = np.zeros_like(drawn)
+    kept = drawn[max(-down, 0) : SIZE - max(down, 0), max(-right, 0) : SIZE - max(right, 0)]
+    top, left = max(down, 0), max(right, 0)
+    shifted[top : top + kept.shape[0], left : left + kept.shape[1]] = kept
+    return shifted
 
 
 def _inner_coverage(item):
@@ -151,7 +155,7 @@ def _fit_outline(mask):
     shifts = (-0.5, 0, 0.5)
     for shape, grow, dx, dy in product(SHAPES, (-1, 0, 1), shifts, shifts):
         drawn = coverage(shape, x + dx, y + dy, size + grow) > 0.5
-        overlap = (drawn & mask).sum() / (drawn | mask).sum()
+        overlap = np.count_nonzero(drawn & mask) / np.count_nonzero(drawn | mask)
         fits.append((overlap, shape, float(x + dx), float(y + dy), float(size + grow)))
     return max(fits)
 
