@@ -5,7 +5,7 @@
 vae        a toy DC-AE (Sana's autoencoder), trained to redraw random scenes
 vision     a toy SigLIP tower, taught what each patch shows; it is the MLLM's eye
 llm        a toy Qwen2, trained to talk: of facts, of prompts, of pictures given to it as words
-mllm       LLaVA-OneVision of the two: tower and projector learn those words, then all talk
+mllm       LLaVA-OneVision of the two: its eye learns those words, then it talks of real pictures
 diffusion  a toy Sana, conditioned on the last-layer embeddings of `llm`, as Sana is on Gemma's
 
 Each part is saved in the hub's own layout, so that `from_pretrained(folder)` loads it like the

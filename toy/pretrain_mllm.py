@@ -452,8 +452,8 @@ def align(model, tokenizer, run):
 def train_mllm(run):
     """LLaVA-OneVision of tower and language model, which goes on talking, now of real pictures.
 
-    Tower and projector learn each patch's words, then stay as they are: trained on, they drift
-    away from the words and the language model no longer reads them.
+    Tower and projector learn each patch's words, then stay as they are: a projector that is
+    trained on drifts away from the words, and the language model no longer reads it.
     """
     processor = AutoProcessor.from_pretrained(run.out / "mllm")
     tower = SiglipVisionModel.from_pretrained(run.out / "vision", dtype=torch.float32)

@@ -105,10 +105,9 @@ def coverage(shape, x, y, size):
     # Draw it near the middle, where it is in the cache, and shift by whole pixels.
     right, down = int(x) - SIZE // 2, int(y) - SIZE // 2
     drawn = _stencil(shape, x - right, y - down, size)
+    kept = drawn[max(-down, 0) : SIZE - down, max(-right, 0) : SIZE - right]
     shifted = np.zeros_like(drawn)
-    kept = drawn[max(-down, 0) : SIZE - max(down, 0), max(-right, 0) : SIZE - max(right, 0)]
-    top, left = max(down, 0), max(right, 0)
-    shifted[top : top + kept.shape[0], left : left + kept.shape[1]] = kept
+    shifted[max(down, 0) : SIZE + down, max(right, 0) : SIZE + right] = kept
     return shifted
 
 
