@@ -30,7 +30,6 @@ TINY_RECIPES = {
         "micro_batch_size": 16,
         "lr": 5e-4,
         "warmup": 100,
-        "sigma_shift": 3.0,
     },
 }
 
