@@ -204,7 +204,7 @@ def save_pipeline(folder, sana, vae, scheduler):
     index |= {name: ["diffusers", type(part).__name__] for name, part in parts.items()}
     sana.to(torch.bfloat16)
     vae.to(torch.bfloat16)
-    vae.register_to_config(_name_or_path="")  # it would tell this machine's folders
+    vae.register_to_config(_name_or_path="")  # not the folder it was read from
     for name, part in parts.items():
         part.save_pretrained(folder / name)
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")

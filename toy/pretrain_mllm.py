@@ -458,7 +458,7 @@ def train_mllm(run):
     processor = AutoProcessor.from_pretrained(run.out / "mllm")
     tower = SiglipVisionModel.from_pretrained(run.out / "vision", dtype=torch.float32)
     language = Qwen2ForCausalLM.from_pretrained(run.out / "llm", dtype=torch.float32)
-    tower.config.name_or_path = ""  # it would tell this machine's folders
+    tower.config.name_or_path = ""  # not the folder it was read from
     language.config.name_or_path = ""
     config = LlavaOnevisionConfig(
         vision_config=tower.config,
