@@ -59,7 +59,8 @@ def run(model, args):
     kinds = (*TEXT_KINDS, *PICTURE_KINDS) if model.takes_images else TEXT_KINDS
     for kind in tqdm(kinds, "kinds"):
         tasks = [task(kind, i, args.seed, "test") for i in range(args.limit)]
-        drawn = draw(model, [(t.prompt, t.images) for t in tasks], args)
+        seeds = [args.seed + i for i in range(args.limit)]  # each case has its own noise
+        drawn = draw(model, [(t.prompt, t.images) for t in tasks], args, seeds)
         cases = list(zip(tasks, drawn, strict=True))
         table |= scores(kind, [(picture, t) for t, pictures in cases for picture in pictures])
         for t, pictures in cases[:SHOWN]:

@@ -1,4 +1,4 @@
-"""Where an edit is lost: the linear map from a condition to a scene, and the table."""
+"""Where an edit or a subject is lost: the linear map from a condition to a scene, and the table."""
 
 import sys
 
@@ -12,7 +12,7 @@ from toy.tasks import task
 
 def test_a_linear_map_reads_scenes_from_what_holds_them_and_from_nothing_else():
     scenes = [task("edit", i).target for i in range(600)]
-    labels = torch.stack([scene_labels(scene) for scene in scenes])  # (S, 2, 9)
+    labels = torch.stack([scene_labels(scene) for scene in scenes])  # (S, 4, 9)
     torch.manual_seed(0)
     one_hot = torch.nn.functional.one_hot(labels, 9).flatten(1).float()
     mixed = one_hot @ torch.randn(one_hot.shape[1], 200) / 10  # every label is in each number
@@ -23,19 +23,21 @@ def test_a_linear_map_reads_scenes_from_what_holds_them_and_from_nothing_else():
         assert right > 0.95 if is_right else right < 0.05
 
 
-def test_labels_tell_the_colour_and_shape_at_each_place():
-    scene = Scene((Object("star", "blue", 17, 15), Object("circle", "red", 47, 33)))
-    colours, shapes = scene_labels(scene)
+def test_labels_tell_the_object_at_each_place():
+    core = Object("circle", "red", 47, 33, pattern="core", inner="green")
+    colours, shapes, patterns, inner = scene_labels(Scene((Object("star", "blue", 17, 15), core)))
     assert colours.tolist() == [3, 0, 0, 0, 0, 1, 0, 0, 0]
     assert shapes.tolist() == [4, 0, 0, 0, 0, 1, 0, 0, 0]
+    assert patterns.tolist() == [1, 0, 0, 0, 0, 3, 0, 0, 0]
+    assert inner.tolist() == [0, 0, 0, 0, 0, 2, 0, 0, 0]
 
 
-def test_as_many_unseen_edits_of_each_number_of_objects():
-    for kind, numbers in (("edit", [1, 2, 3, 4]), ("free edit", [1, 2, 3])):
+def test_as_many_unseen_cases_of_each_number_of_objects():
+    for kind, numbers in (("edit", [1, 2, 3, 4]), ("free edit", [1, 2, 3]), ("two subjects", [2])):
         cases = cases_by_number(kind, 3, seed=0)
         assert list(cases) == numbers
         for number, made in cases.items():
-            assert [len(t.sources[0].objects) for t in made] == [number] * 3
+            assert [sum(len(s.objects) for s in t.sources) for t in made] == [number] * 3
             assert any(task(kind, i, split="test") == made[0] for i in range(100))
 
 
@@ -44,6 +46,6 @@ def test_the_command_prints_a_row_for_each_number_of_objects():
     done = run([sys.executable, "-m", "benchmarks.ceilings", *flags])
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()[1:]]
-    assert [row[-5] for row in rows] == ["1", "2", "3", "4", "1", "2", "3"]
+    assert [row[-5] for row in rows] == ["1", "2", "3", "4", "1", "2", "3", "1", "2", "3"]
     assert all(0 <= float(share) <= 1 for row in rows for share in row[-4:])
     check_refused(run([sys.executable, "-m", "benchmarks.ceilings", "--limit", "0"]), "--limit")

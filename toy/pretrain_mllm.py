@@ -236,7 +236,7 @@ def world_words():
     for text in world_texts():
         if not text.startswith(SYSTEM_PROMPT):
             counts.update(words_in(text))
-    often = {word for word, count in counts.items() if count >= 8}  # any one slip is rarer
+    often = {word for word, count in counts.items() if count >= 6}  # any one slip is rarer
     return often | words_in(trained_words())
 
 
