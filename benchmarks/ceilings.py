@@ -11,7 +11,8 @@ pictures the share
 - drawn from words: drawn right when the scene is described in plain words instead;
 - drawn: drawn right from the picture and the instruction.
 
-The lowest of the first three limits the fourth.
+What the first or the third loses, the fourth can hardly draw. The second asks for no more than a
+linear map finds: the diffusion model may read the condition better.
 """
 
 import argparse
