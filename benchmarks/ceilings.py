@@ -11,8 +11,8 @@ pictures the share
 - drawn from words: drawn right when the scene is described in plain words instead;
 - drawn: drawn right from the picture and the instruction.
 
-What the first or the third loses, the fourth can hardly draw. The second asks for no more than a
-linear map finds: the diffusion model may read the condition better.
+What the first or the third loses, the fourth can hardly draw. The second is a lower bound on what
+the condition holds: the diffusion model may read more from it than a linear map does.
 """
 
 import argparse
