@@ -83,7 +83,7 @@ TINY = HERE / "weights" / "tiny"
 SANA = "Efficient-Large-Model/Sana_1600M_512px_diffusers"
 PRESETS = {
     "tiny": {"mllm": str(TINY / "mllm"), "diffusion": str(TINY / "diffusion"),
-             "num_queries": 16, "connector_layers": 3, "image_guidance": 2.5},
+             "num_queries": 16, "connector_layers": 3, "image_guidance": 3.25},
     "base": {"mllm": "llava-hf/llava-onevision-qwen2-0.5b-ov-hf", "diffusion": SANA},
     "large": {"mllm": "Qwen/Qwen2.5-VL-3B-Instruct", "diffusion": SANA},
     "xlarge": {"mllm": "Qwen/Qwen2.5-VL-7B-Instruct", "diffusion": SANA},
