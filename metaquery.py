@@ -1,20 +1,20 @@
 """MetaQuery: learnable queries carry a frozen multimodal LLM's knowledge to a diffusion model.
 
-"Transfer between Modalities with MetaQueries" (Pan et al., 2025), in one file that needs no other:
+"Transfer between Modalities with MetaQueries" (Pan et al., 2025), in one file:
 
-    system prompt, pictures, text, "assistant:"      N learnable queries (trained)
+    system prompt, images, text, "assistant:"       N learnable queries (trained)
                      │                                       │
             ┌────────▼───────────────────────────────────────▼────────┐
             │       multimodal LLM, causal mask, weights frozen       │
             │  pass 1: prompt → keys, values     pass 2: the queries  │
             └────────────────────────────────────────────┬────────────┘
-                                                         │ last hidden states (B, N, d)
+                                                         │ hidden states (B, N, d)
                                                 connector (trained)
                                                          │ condition (B, N, c)
-                         noise ──────────────► diffusion model (trained) ──► VAE decoder ──► picture
+                      noise ─────────► diffusion model (trained) ──► VAE ──► image
 
-Frozen means that no *weight* of the LLM changes. Gradient still flows *through* it: the loss
-reaches the queries by way of all its layers, as in prompt tuning.
+Frozen means that no *weight* of the LLM changes. Gradient still flows *through* it: the
+loss reaches the queries by way of all its layers, as in prompt tuning.
 B prompts, T prompt tokens, N queries, L condition tokens; d MLLM width, c caption width.
 """
 
@@ -23,9 +23,8 @@ import warnings
 from collections.abc import Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
-from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import diffusers
 import numpy as np
@@ -38,9 +37,10 @@ from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torchvision.transforms.v2 import functional as transforms
 
 
-# ---- 1. Config and presets -----------------------------------------------------------------------
+# ---- 1. Config and presets -----------------------------------------------------------
 class InputError(ValueError):
     """An error the user can fix. Its text is one line: what is wrong, and what to do."""
 
@@ -50,121 +50,137 @@ class MetaQueryConfig:
     """What defines a MetaQuery model (paper §3). Every field is a flag of train.py."""
 
     mllm: str  # hub id or folder: LLaVA-OneVision, Qwen2.5-VL or a text-only ChatML model
-    diffusion: str  # hub id or folder: Sana or Stable Diffusion, with its VAE and scheduler
-    num_queries: int = 256  # N, how many learnable queries
+    diffusion: str  # hub id or folder: Sana or Stable Diffusion, with its scheduler
+    vae: str = ""  # hub id or folder of another VAE than the diffusion model's own
+    num_queries: int = 256  # N, number of learnable queries
     connector: Literal["enc-proj", "proj-enc"] = "enc-proj"  # Table 3
     connector_layers: int = 24  # transformer layers of the connector
     condition_on: Literal["queries", "random", "last_layer"] = "queries"  # Table 1
     train_mllm: bool = False  # Table 2: the paper keeps the MLLM frozen
     train_diffusion: bool = True  # Table 2: tuning the diffusion model helps
-    image_guidance: float = 1.5  # g_img of drawings from pictures, unless `generate` is given one
+    sigma_shift: float = 1.0  # above 1, training sees more high noise levels; 1 is uniform
 
     def __post_init__(self):
         for field in fields(self):
             value = getattr(self, field.name)
-            allowed = get_args(field.type)
-            if allowed and value not in allowed:
-                raise InputError(f"unknown {field.name} {value!r}: choose one of {allowed}.")
-            if not allowed and type(value) is not field.type:
-                raise InputError(f"{field.name} is {value!r}: give a {field.type.__name__}.")
-            if field.type is int and value < 1:
-                raise InputError(f"{field.name} is {value}: it must be at least 1.")
+            choices = get_args(field.type)
+            if choices and value not in choices:
+                raise InputError(f"{field.name} is {value!r}: choose one of {choices}.")
+            if not choices and type(value) is not field.type:
+                expected = field.type.__name__
+                raise InputError(f"{field.name} is {value!r}: give a {expected}.")
+            if field.type in (int, float) and not 0 < value <= 65_536:
+                raise InputError(f"{field.name} is {value}: give 1 to 65,536.")
 
     @classmethod
     def preset(cls, size, **changes):
         """The config of a size, a key of PRESETS, with some fields changed."""
         if size not in PRESETS:
-            raise InputError(f"unknown size {size!r}: choose one of {', '.join(PRESETS)}.")
+            raise InputError(f"no size {size!r}: choose one of {', '.join(PRESETS)}.")
         return cls(**(PRESETS[size] | changes))
 
 
 HERE = Path(__file__).resolve().parent
 TINY = HERE / "weights" / "tiny"
+LLAVA = "llava-hf/llava-onevision-qwen2-0.5b-ov-hf"
 SANA = "Efficient-Large-Model/Sana_1600M_512px_diffusers"
+SANA_600M = "Efficient-Large-Model/Sana_600M_512px_diffusers"
 PRESETS = {
     "tiny": {"mllm": str(TINY / "mllm"), "diffusion": str(TINY / "diffusion"),
-             "num_queries": 16, "connector_layers": 3, "image_guidance": 3.25},
-    "base": {"mllm": "llava-hf/llava-onevision-qwen2-0.5b-ov-hf", "diffusion": SANA},
+             "num_queries": 16, "connector_layers": 3},
+    "study": {"mllm": LLAVA, "diffusion": SANA_600M, "num_queries": 64,
+              "train_diffusion": False},  # the paper's own setting of §3.2
+    "base": {"mllm": LLAVA, "diffusion": SANA},
     "large": {"mllm": "Qwen/Qwen2.5-VL-3B-Instruct", "diffusion": SANA},
     "xlarge": {"mllm": "Qwen/Qwen2.5-VL-7B-Instruct", "diffusion": SANA},
 }  # fmt: skip
+# How a model generates unless its checkpoint's generation_config.json says otherwise.
+GENERATION = {"num_inference_steps": 30, "guidance_scale": 3.0, "image_guidance_scale": 1.5}
 
-# ---- 2. From prompts to the MLLM's inputs --------------------------------------------------------
+# ---- 2. From prompts to the MLLM's inputs --------------------------------------------
 #
-# A prompt with one picture; the N queries come next, where the MLLM would begin its description:
+# A prompt with one image. The N queries come next, where the MLLM would begin to describe:
 #
 #   <|im_start|>system
-#   You will be given an image or its caption. Please describe ... in your own words.<|im_end|>
+#   You will be given an image or its caption. Please describe ... own words.<|im_end|>
 #   <|im_start|>user
 #   <image>
 #   make the star green<|im_end|>
 #   <|im_start|>assistant
 
-SYSTEM_PROMPT = """You will be given an image or its caption. Please describe the content of the \
-image in detail in your own words."""
-MAX_PROMPT_TOKENS = 256  # of the user's text; what follows is cut off
-MAX_PICTURES = 6  # in one prompt, as in the paper's instruction data (§4)
+SYSTEM_PROMPT = """You will be given an image or its caption. Please describe the content of \
+the image in detail in your own words."""
+MAX_PROMPT_TOKENS = 256  # the user's text is cut here, with a warning
+MAX_IMAGES = 6  # in one prompt, as in the paper's instruction data (§4)
 MAX_ASPECT_RATIO = 100  # Qwen2.5-VL's processor refuses 200
-QWEN_PIXELS = {"shortest_edge": 256 * 28 * 28, "longest_edge": 1280 * 28 * 28}  # a token: 28 × 28
+QWEN_PIXELS = {"shortest_edge": 256 * 28 * 28, "longest_edge": 1280 * 28 * 28}
 
 
-def prepare_inputs(processor, mllm_config, prompts, images=None, system=SYSTEM_PROMPT):
-    """Tokenize B prompts as chats, padded on the left: a dict of tensors. It needs no weights.
+class PromptFormat:
+    """Turns prompts and images into the MLLM's inputs, in its own chat format.
 
-    images: as for `picture_lists`. With system=None, to ask the MLLM itself, they stay uncropped.
-    Raises InputError if there are too many, or the MLLM reads text only."""
-    takes_images = hasattr(mllm_config, "vision_config")
-    tokenizer = getattr(processor, "tokenizer", processor)
-    images = [[to_rgb(picture) for picture in row] for row in picture_lists(prompts, images)]
-    if any(images) and not takes_images:
-        raise InputError("this MLLM reads text only: use LLaVA-OneVision or Qwen2.5-VL.")
-    if max(map(len, images)) > MAX_PICTURES:
-        raise InputError(f"too many pictures for one prompt: give at most {MAX_PICTURES}.")
-    chats = [
-        conversation(clean_prompt(tokenizer, prompt), len(row), system, takes_images)
-        for prompt, row in zip(prompts, images, strict=True)
-    ]
-    texts = processor.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
-    options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
-    if not any(images):
-        return tokenizer(texts, **options)
-    if system and mllm_config.model_type == "llava_onevision":
-        square = (mllm_config.vision_config.image_size,) * 2
-        images = [[resize_and_crop(picture, square) for picture in row] for row in images]
-    elif system:
-        options["size"] = QWEN_PIXELS
-    return processor(text=texts, images=images, **options)
+    It needs the processor and the MLLM's config, no weights, so loader workers can use it.
+    A family with another format overrides `chat` or `__call__`."""
 
+    def __init__(self, processor, mllm_config):
+        self.processor = processor
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.mllm_config = mllm_config
+        self.takes_images = hasattr(mllm_config, "vision_config")
 
-def picture_lists(prompts, images):
-    """Per prompt a list of PIL images. `images` may also be None, or hold one image a prompt; for a
-    single prompt, be a list of its images. Raises InputError if it fits neither."""
-    images = [None] * len(prompts) if images is None else list(images)
-    if len(prompts) == 1 and images and all(isinstance(row, Image.Image) for row in images):
-        images = [images]
-    images = [[row] if isinstance(row, Image.Image) else row for row in images]
-    images = [[] if row is None else row for row in images]
-    if len(images) != len(prompts):
-        raise InputError(f"{len(images)} lists of images for {len(prompts)} prompts: give as many.")
-    for row in images:
-        if not isinstance(row, list | tuple) or not all(isinstance(x, Image.Image) for x in row):
-            raise InputError("images must be lists of PIL images: open files with PIL.Image.open.")
-    return images
+    def __call__(self, prompts, images=None, system=SYSTEM_PROMPT):
+        """Tokenize B prompts, padded on the left: a dict of tensors.
 
+        prompts: strings; None is a dropped prompt. images: as for `image_lists`. With
+        system=None, to ask the MLLM itself, images are not cropped. Raises InputError if
+        there are too many images, or the MLLM reads text only."""
+        images = [[to_rgb(image) for image in row] for row in image_lists(prompts, images)]
+        if any(images) and not self.takes_images:
+            raise InputError("this MLLM reads text only: choose one that takes images.")
+        if max(map(len, images), default=0) > MAX_IMAGES:
+            raise InputError(f"too many images for one prompt: give at most {MAX_IMAGES}.")
 
-def conversation(prompt, pictures=0, system=SYSTEM_PROMPT, as_parts=False):
-    """Chat messages: so many pictures, then the text, also when it is empty; as lists of parts, or
-    as plain strings for the templates of text-only models."""
-    parts = [{"type": "image"}] * pictures + [{"type": "text", "text": prompt}]
-    user = {"role": "user", "content": parts if as_parts or pictures else prompt}
-    system_content = [{"type": "text", "text": system}] if as_parts else system
-    return [user] if system is None else [{"role": "system", "content": system_content}, user]
+        chats = [
+            self.chat(clean_prompt(self.tokenizer, prompt), len(row), system)
+            for prompt, row in zip(prompts, images, strict=True)
+        ]
+        texts = self.processor.apply_chat_template(
+            chats, tokenize=False, add_generation_prompt=True
+        )
+
+        options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+        if not any(images):
+            return self.tokenizer(texts, **options)
+
+        family = self.mllm_config.model_type
+        if system and family == "llava_onevision":
+            side = self.mllm_config.vision_config.image_size
+            images = [[resize_and_crop(image, side) for image in row] for row in images]
+        elif system and family.startswith("qwen"):
+            options["size"] = QWEN_PIXELS
+        return self.processor(text=texts, images=images, **options)
+
+    def chat(self, prompt, num_images=0, system=SYSTEM_PROMPT):
+        """Chat messages: a system message, and a user turn with images, then the text."""
+        if self.takes_images:
+            parts = [{"type": "image"}] * num_images
+            user = [*parts, {"type": "text", "text": prompt}]
+            system_parts = [{"type": "text", "text": system}]
+        else:  # the templates of text-only models want plain strings
+            user = prompt
+            system_parts = system
+        messages = [{"role": "user", "content": user}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system_parts})
+        return messages
 
 
 def clean_prompt(tokenizer, prompt):
-    """A prompt without the tokenizer's special tokens, cut at MAX_PROMPT_TOKENS with a warning.
+    """The prompt without special tokens, cut at MAX_PROMPT_TOKENS; None becomes "".
 
     Raises InputError if it is not text that UTF-8 can encode."""
+    if prompt is None:
+        return ""
     if not isinstance(prompt, str) or prompt != prompt.encode(errors="ignore").decode():
         raise InputError(f"the prompt {prompt!r} is not Unicode text: correct or remove it.")
     for token in tokenizer.all_special_tokens:
@@ -172,67 +188,125 @@ def clean_prompt(tokenizer, prompt):
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     if len(ids) <= MAX_PROMPT_TOKENS:
         return prompt
-    warnings.warn(f"prompt cut from {len(ids)} to {MAX_PROMPT_TOKENS} tokens", stacklevel=4)
+    cut = f"prompt cut from {len(ids)} to {MAX_PROMPT_TOKENS} tokens"
+    warnings.warn(cut, stacklevel=4)
     return tokenizer.decode(ids[:MAX_PROMPT_TOKENS])
 
 
-def to_rgb(picture):
-    """A PIL image of any mode as it looks: upright, RGB, 8 bits, transparent parts white."""
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode[0] in "IF":  # 16 bits, 0 to 65,535, or floats: 0 to 1, or 0 to 255
-        values = np.asarray(picture)
-        most = 65_535 if picture.mode != "F" else 1 if values.max() <= 1 else 255
-        picture = Image.fromarray((values * (255 / most)).clip(0, 255).astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    longest = MAX_ASPECT_RATIO * min(picture.size)
-    size = [min(side, longest) for side in picture.size]
-    return ImageOps.fit(picture.convert("RGB"), size)  # crops what is too long, and only that
+def image_lists(prompts, images):
+    """A list of PIL images for each prompt.
+
+    Accepts None, one image per prompt, a list of images per prompt, or, for a single
+    prompt, one image or a flat list of them. Raises InputError for anything else."""
+    if images is None:
+        return [[] for _ in prompts]
+    if isinstance(images, Image.Image):
+        images = [images]
+    if not isinstance(images, list | tuple):
+        raise InputError("images must be PIL images: open files with PIL.Image.open.")
+    if len(prompts) == 1 and images and all(isinstance(x, Image.Image) for x in images):
+        images = [images]
+    if len(images) != len(prompts):
+        raise InputError(f"{len(images)} lists of images for {len(prompts)} prompts.")
+
+    lists = []
+    for row in images:
+        if row is None:
+            row = []
+        if isinstance(row, Image.Image):
+            row = [row]
+        if not isinstance(row, list | tuple) or not all(
+            isinstance(x, Image.Image) for x in row
+        ):
+            raise InputError("images must be PIL images: open files with PIL.Image.open.")
+        lists.append(list(row))
+    return lists
 
 
-def resize_and_crop(picture, size):
-    """A PIL image resized (bilinear, antialiased, as in the authors' code) and centre-cropped."""
-    return ImageOps.fit(to_rgb(picture), size, Image.Resampling.BILINEAR)
+def to_rgb(image):
+    """Apply EXIF rotation and convert a PIL image of any mode to 8-bit RGB on white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":  # 16 or 32-bit integers, or floats: scale them to 0..255
+        values = np.asarray(image)
+        top = 65_535
+        if image.mode == "F" and values.max() <= 1:
+            top = 1
+        elif image.mode in "IF" and values.max() <= 255:
+            top = 255
+        values = (values * (255 / top)).clip(0, 255)
+        image = Image.fromarray(values.astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    longest = MAX_ASPECT_RATIO * min(image.size)
+    size = [min(side, longest) for side in image.size]
+    return ImageOps.fit(image.convert("RGB"), size)  # crops what is longer than that
 
 
-def black_like(pictures):
-    """Black pictures of the same sizes: what stands for a dropped picture."""
-    return [Image.new("RGB", to_rgb(picture).size) for picture in pictures]
+def resize_and_crop(image, side):
+    """Resize the short side of a PIL image (bilinear, antialiased), then cut the centre.
+
+    In this order, with torchvision's rounding, it equals the authors' code."""
+    resized = transforms.resize(to_rgb(image), [side], antialias=True)
+    return transforms.center_crop(resized, [side, side])
+
+
+def to_pixels(images, side):
+    """PIL images to a tensor (B, 3, side, side) float32 in [-1, 1]: what `forward` takes."""
+    arrays = [np.asarray(resize_and_crop(image, side)) for image in images]
+    pixels = torch.from_numpy(np.stack(arrays))  # (B, side, side, 3), 0..255
+    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def black_like(images):
+    """Black images of the same sizes: what stands for a dropped image."""
+    return [Image.new("RGB", to_rgb(image).size) for image in images]
 
 
 def drop_conditions(prompt, images, u, stage):
-    """(prompt, images) of one training sample, some of it dropped by a uniform u in [0, 1).
+    """(prompt or None, images) of one training sample; a uniform u decides what is dropped.
 
-    Guidance needs the prediction *without* a condition, so the model must see some such samples: a
-    tenth lose what they have; of instructions a tenth the text, a tenth both, a tenth pictures."""
-    if not images:
-        return "" if u < 0.1 else prompt, images
-    if stage == "instruct" and prompt:
-        return "" if u < 0.2 else prompt, black_like(images) if 0.1 <= u < 0.3 else images
-    return prompt, black_like(images) if u < 0.1 else images
+    Guidance compares the prediction with and without a condition, so the model must have
+    learned both. What is dropped (§4, App. C):
+
+        text only            u < 0.1: text
+        edit, reconstruct    u < 0.1: images
+        instruct             u < 0.1: text    0.1 ≤ u < 0.2: both    0.2 ≤ u < 0.3: images
+    """
+    drop_text = u < 0.1
+    drop_images = False
+    if images:
+        drop_text = False
+        drop_images = u < 0.1
+    if images and prompt and stage == "instruct":
+        drop_text = u < 0.2
+        drop_images = 0.1 <= u < 0.3
+
+    if drop_text:
+        prompt = None
+    if drop_images:
+        images = black_like(images)
+    return prompt, images
 
 
-def to_device(inputs, device):
-    """Move inputs to a device, except for those that LLaVA-OneVision reads on the CPU."""
-    cpu = ("image_sizes", "batch_num_images")
-    return {n: x if n in cpu else x.to(device, non_blocking=True) for n, x in inputs.items()}
-
-
-# ---- 3. The connector ----------------------------------------------------------------------------
-HEAD_DIM = 64  # of each attention head
+# ---- 3. The connector ----------------------------------------------------------------
+HEAD_DIM = 64  # width of an attention head
 ROPE_BASE = 10_000  # θ of the rotary position embedding
-INIT_STD = 0.014  # of linear weights
+INIT_STD = 0.014  # standard deviation of new linear weights
+SANA_GAIN = 5.5**0.5  # Sana's own text encoder hands over states of this spread
 
 
 def rotate(x, cos, sin):
-    """Rotary embedding: turn each pair (x_i, x_{i+32}) of x (B, heads, L, 64) by its angle."""
+    """Rotary embedding: turn each pair (x_i, x_{i+32}) of x (B, heads, L, 64)."""
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat([-second, first], -1) * sin
 
 
 class ConnectorLayer(nn.Module):
-    """A Qwen2-style transformer layer that looks both ways: no causal mask (§3.3)."""
+    """A Qwen2-style transformer layer that looks both ways: no causal mask (§3.3).
+
+    In the MLLM query 0 has seen no other query; only here can it hear of them."""
 
     def __init__(self, width):
         super().__init__()
@@ -248,31 +322,35 @@ class ConnectorLayer(nn.Module):
 
     def forward(self, x, cos, sin, mask):
         """x (B, L, width); cos, sin (L, 64); mask (B, 1, 1, L), False at padding, or None."""
-        qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (3, -1, HEAD_DIM))  # (B, L, 3, h, 64)
+        qkv = self.qkv(self.attention_norm(x))  # (B, L, 3·width)
+        qkv = qkv.unflatten(-1, (3, -1, HEAD_DIM))  # (B, L, 3, heads, 64)
         q, k, v = qkv.transpose(1, 3).unbind(2)  # each (B, heads, L, 64)
         q = self.query_norm(rotate(q, cos, sin)).to(v.dtype)
         k = self.key_norm(rotate(k, cos, sin)).to(v.dtype)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, heads, L, 64)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         x = x + self.out(attended.transpose(1, 2).flatten(2))  # (B, L, width)
+
         h = self.mlp_norm(x)
         return x + self.down(F.silu(self.gate(h)) * self.up(h))  # (B, L, width)
 
 
 class Connector(nn.Module):
-    """Maps MLLM states (B, L, d) to the condition (B, L, c) of the diffusion model (§3.3, Table 3).
+    """Maps MLLM states (B, L, d) to the condition (B, L, c) (§3.3, Table 3).
 
-    "enc-proj" runs its layers at the MLLM's width d, then projects to c; "proj-enc" projects first.
-    `gain` starts the last norm. Raises InputError if the width is not a multiple of HEAD_DIM."""
+    "enc-proj" runs its layers at the MLLM's width d, then projects to c; "proj-enc"
+    projects first. gain: initial weight of the final RMSNorm. Raises InputError if the
+    width is not a multiple of HEAD_DIM."""
 
     def __init__(self, d, c, layers=24, design="enc-proj", gain=1.0):
         super().__init__()
         self.design = design
         width = d if design == "enc-proj" else c
         if width % HEAD_DIM:
-            raise InputError(f"the connector's width {width} is not a multiple of {HEAD_DIM}.")
+            raise InputError(f"the connector's width {width} is no multiple of {HEAD_DIM}.")
         self.layers = nn.ModuleList(ConnectorLayer(width) for _ in range(layers))
         self.projection = nn.Sequential(nn.Linear(d, c), nn.GELU("tanh"), nn.Linear(c, c))
         self.norm = nn.RMSNorm(c, eps=1e-5)
+
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 nn.init.normal_(parameter, std=INIT_STD)
@@ -284,230 +362,399 @@ class Connector(nn.Module):
         """x (B, L, d); mask (B, L), 0 at padding, or None. Returns (B, L, c)."""
         if self.design == "proj-enc":
             x = self.projection(x)  # (B, L, c)
-        frequencies = ROPE_BASE ** (-torch.arange(0, HEAD_DIM, 2, device=x.device) / HEAD_DIM)
-        angles = torch.arange(x.shape[1], device=x.device)[:, None] * frequencies  # (L, 32)
+
+        exponents = torch.arange(0, HEAD_DIM, 2, device=x.device) / HEAD_DIM
+        places = torch.arange(x.shape[1], device=x.device)
+        angles = places[:, None] * ROPE_BASE**-exponents  # (L, 32)
         angles = angles.repeat(1, 2)  # (L, 64)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        mask = None if mask is None else mask[:, None, None].bool()  # (B, 1, 1, L)
+
+        if mask is not None:
+            mask = mask[:, None, None].bool()  # (B, 1, 1, L)
         for layer in self.layers:
             x = layer(x, cos, sin, mask)
+
         if self.design == "enc-proj":
             x = self.projection(x)  # (B, L, c)
         return self.norm(x.to(self.norm.weight.dtype))  # (B, L, c)
 
 
-# ---- 4. The model --------------------------------------------------------------------------------
+# ---- 4. The model --------------------------------------------------------------------
+class Prompt(NamedTuple):
+    """What pass 1 leaves of B prompts: all that the queries can see."""
+
+    cache: Any  # transformers' cache: keys and values of each layer
+    hidden: torch.Tensor  # (B, T, d), the last hidden states
+    mask: torch.Tensor  # (B, T), 0 at padding
+    positions: torch.Tensor  # (B, T), or (3, B, T) for Qwen2.5-VL
+
+
+def guide(predictions, g, g_img):
+    """Classifier-free guidance from 1 to 3 predictions, each (B, C, h, w) (§5.2).
+
+    Moves away from what the model predicts without the text, and without the images."""
+    if len(predictions) == 1:
+        return predictions[0]
+    if len(predictions) == 2:
+        v_text, v_neg = predictions
+        return v_neg + g * (v_text - v_neg)
+    v_text, v_neg, v_black = predictions
+    return v_black + g_img * (v_neg - v_black) + g * (v_text - v_neg)
+
+
 class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit"):
     """Learnable queries, a frozen MLLM, a connector and a diffusion model (Figure 1).
 
-    Attributes: queries (N, d), mllm, processor, connector, diffusion, vae, scheduler, config.
-    Frozen parts are kept in `dtype`, trained ones in float32."""
+    The parts are given, so that any of them can be another; `from_config` loads those that
+    a config names. connector: maps (B, L, d) to (B, L, c); by default a new `Connector`.
+    generation_config: a dict as GENERATION, the defaults of `generate`."""
 
-    def __init__(self, config, dtype=torch.float32):
+    format_class = PromptFormat
+
+    def __init__(self, config, mllm, processor, diffusion, vae, scheduler, connector=None):
         super().__init__()
         self.config = config
-        self.mllm, self.processor = load_mllm(config, dtype)
-        self.diffusion, self.vae, self.scheduler = load_diffusion(config, dtype)
-        self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
-        self.prepare_inputs = partial(prepare_inputs, self.processor, self.mllm.config)
-        self.takes_images = hasattr(self.mllm.config, "vision_config")
-        self.is_flow = "flow" in str(self.scheduler.config.get("prediction_type"))
-        self.shift = self.vae.config.get("shift_factor") or 0
-        self.scale = self.vae.config.scaling_factor
-        d = self.mllm.config.get_text_config().hidden_size
-        c = caption_width(self.diffusion)
-        gain = 5.5**0.5 if "caption_channels" in self.diffusion.config else 1.0  # Sana, or SD
+        self.mllm = mllm
+        self.processor = processor
+        self.diffusion = diffusion
+        self.vae = vae
+        self.scheduler = scheduler
+        self.format = self.format_class(processor, mllm.config)
+        self.tokenizer = self.format.tokenizer
+        self.generation_config = dict(GENERATION)
+
+        d = mllm.config.get_text_config().hidden_size
+        if connector is None:
+            gain = 1.0
+            if "caption_channels" in diffusion.config:  # Sana
+                gain = SANA_GAIN
+            layers, design = config.connector_layers, config.connector
+            connector = Connector(d, caption_width(diffusion), layers, design, gain)
+        self.connector = connector
         self.queries = nn.Parameter(torch.randn(config.num_queries, d) * 0.02)  # (N, d)
-        self.connector = Connector(d, c, config.connector_layers, config.connector, gain)
+
         self.queries.requires_grad_(config.condition_on == "queries")
-        self.mllm.requires_grad_(config.train_mllm)
-        self.diffusion.requires_grad_(config.train_diffusion)
-        self.vae.requires_grad_(False)
+        mllm.requires_grad_(config.train_mllm)
+        diffusion.requires_grad_(config.train_diffusion)
+        vae.requires_grad_(False)
+
+    @property
+    def is_flow(self):
+        """Whether the diffusion model predicts a velocity (Sana), not noise (SD1.5)."""
+        return "flow" in str(self.scheduler.config.get("prediction_type"))
+
+    @property
+    def downsampling(self):
+        """Pixels per latent along a side: 32 for Sana's VAE."""
+        config = self.vae.config
+        levels = config.get("block_out_channels") or config.encoder_block_out_channels
+        return 2 ** (len(levels) - 1)
+
+    @property
+    def resolution(self):
+        """Pixels along a side of the images that the diffusion model is made for."""
+        return self.diffusion.config.sample_size * self.downsampling
 
     def encode_prompts(self, prompts, images=None):
-        """The condition for the diffusion model: cond (B, L, c) and its mask (B, L) or None (§3.1).
+        """The condition for the diffusion model: cond (B, L, c), its mask (B, L) or None.
 
-        prompts: B strings, or what `prepare_inputs` made of them; images: per prompt a list of PIL
-        images, or None. L is N, or the prompts' length T for condition_on "last_layer"."""
-        prompts = [prompts] if isinstance(prompts, str) else prompts
-        inputs = prompts if isinstance(prompts, Mapping) else self.prepare_inputs(prompts, images)
+        prompts: B strings; images: as for `image_lists`. L is N, or the prompts' length T
+        for condition_on "last_layer"."""
+        if isinstance(prompts, str):
+            prompts = [prompts]
+        return self.encode_inputs(self.format(prompts, images))
+
+    def encode_inputs(self, inputs):
+        """As `encode_prompts`, for what `self.format` made of the prompts (§3.1)."""
+        prompt = self.read_prompt(inputs)
+        dtype = next(self.connector.parameters()).dtype
+        if self.config.condition_on == "last_layer":
+            return self.connector(prompt.hidden.to(dtype), prompt.mask), prompt.mask
+        hidden = self.run_queries(prompt)  # (B, N, d)
+        return self.connector(hidden.to(dtype)), None
+
+    def read_prompt(self, inputs):
+        """Pass 1: the prompts alone, without gradient. Returns a `Prompt`.
+
+        The mask is causal: no prompt token can see a query. So a prompt's keys and values
+        are the same with and without queries, and no gradient to a query crosses them.
+        Positions count the real tokens, so that padding on the left changes nothing:
+
+            tokens      pad pad  a  red star | q0  q1  q2
+            mask         0   0   1   1   1   |  1   1   1
+            positions    0   0   0   1   2   |  3   4   5
+        """
         inputs = to_device(inputs, self.queries.device)
         backbone = self.mllm.base_model  # the MLLM without its language head
-        mask = inputs.pop("attention_mask")  # (B, T), 0 at padding
-
-        # Positions count the real tokens, so that padding on the left changes nothing:
-        #   tokens      pad pad  a  red star | q0  q1  q2
-        #   mask         0   0   1   1   1   |  1   1   1
-        #   positions    0   0   0   1   2   |  3   4   5
+        mask = inputs.pop("attention_mask")  # (B, T)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)  # (B, T)
         if "image_grid_thw" in inputs:  # Qwen2.5-VL counts in time, height and width
-            ids = {name: value for name, value in inputs.items() if name != "pixel_values"}
+            ids = {name: x for name, x in inputs.items() if name != "pixel_values"}
             positions = backbone.get_rope_index(**ids, attention_mask=mask)[0]  # (3, B, T)
 
-        # Pass 1: the prompt alone. The mask is causal: no prompt token can see a query, so its keys
-        # and values are the same with and without queries, and no gradient to a query crosses them.
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.train_mllm):
-            prompt = backbone(**inputs, attention_mask=mask, position_ids=positions, use_cache=True)
-        if self.config.condition_on == "last_layer":
-            hidden = prompt.last_hidden_state.to(self.connector.norm.weight.dtype)  # (B, T, d)
-            return self.connector(hidden, mask), mask
+            outputs = backbone(
+                **inputs, attention_mask=mask, position_ids=positions, use_cache=True
+            )
+        return Prompt(outputs.cache, outputs.last_hidden_state, mask, positions)
 
-        # Pass 2: the queries, with gradient, against these keys and values. It equals one pass, but
-        # its backward pass costs N tokens, however long the prompt is. The same in one pass:
-        #   words = self.mllm.get_input_embeddings()(input_ids)  # (B, T, d)
-        #   both = backbone(inputs_embeds=torch.cat([words, queries], 1), attention_mask=full_mask)
-        #   hidden = both.last_hidden_state[:, -N:]
-        queries = self.queries.to(self.mllm.dtype).expand(len(mask), -1, -1)  # (B, N, d)
-        full_mask = torch.cat([mask, mask.new_ones(queries.shape[:2])], 1)  # (B, T + N)
-        steps = 1 + torch.arange(queries.shape[1], device=mask.device)  # (N,)
-        positions = positions.amax(-1, keepdim=True) + steps  # (B, N) or (3, B, N)
-        outputs = backbone(inputs_embeds=queries, cache=prompt.cache, attention_mask=full_mask,
-                           position_ids=positions, use_cache=True)  # fmt: skip
-        hidden = outputs.last_hidden_state.to(self.connector.norm.weight.dtype)  # (B, N, d)
-        return self.connector(hidden), None
+    def run_queries(self, prompt):
+        """Pass 2: the queries, with gradient, against the prompt's keys and values.
 
-    def forward(self, prompts, targets, images=None, noise=None, sigma=None):
-        """The training loss, a scalar: how well `targets` are drawn from `prompts` and `images`.
+        Returns their last hidden states (B, N, d). It equals one pass over prompt and
+        queries, as `one_pass` of tests/plain.py has it, but its backward pass costs N
+        tokens, however long the prompt is."""
+        count = len(self.queries)
+        queries = self.queries.to(self.mllm.dtype)
+        queries = queries.expand(len(prompt.mask), -1, -1)  # (B, N, d)
+        mask = F.pad(prompt.mask, (0, count), value=1)  # (B, T + N)
+        steps = 1 + torch.arange(count, device=mask.device)  # (N,)
+        positions = prompt.positions.amax(-1, keepdim=True) + steps  # (B, N) or (3, B, N)
+        outputs = self.mllm.base_model(
+            inputs_embeds=queries, cache=prompt.cache, attention_mask=mask,
+            position_ids=positions, use_cache=True,
+        )  # fmt: skip
+        return outputs.last_hidden_state  # (B, N, d)
 
-        targets (B, 3, H, W) in [-1, 1]. noise (B, C, h, w) is ε, sigma (B,) is σ in (0, 1], for
-        Stable Diffusion the integer timestep; both are random unless given."""
+    def sigma_of(self, u):
+        """Noise levels σ (B,) in (0, 1] for uniform u (B,) in [0, 1): training's schedule.
+
+        σ = s·(1 − u) / (1 + (s − 1)·(1 − u)); s = 1 is uniform (Stable Diffusion 3,
+        equation 23)."""
+        s = self.config.sigma_shift
+        return s * (1 - u) / (1 + (s - 1) * (1 - u))
+
+    def forward(self, prompts, targets, images=None, noise=None, u=None):
+        """The training loss, a scalar: the mean squared error of the prediction (§4).
+
+        prompts: B strings, or what `self.format` made of them and their images. targets
+        (B, 3, H, W) in [-1, 1], as of `to_pixels`. noise ε (B·K, C, h, w) and u (B·K,)
+        in [0, 1) are drawn if None, with K = 1; with K > 1 each sample serves K noise
+        levels, and its condition and latents are computed once."""
+        if not isinstance(prompts, Mapping):
+            if isinstance(prompts, str):
+                prompts = [prompts]
+            prompts = self.format(prompts, images)
+        if len(prompts["input_ids"]) != len(targets) or not targets.is_floating_point():
+            raise InputError("targets must be floats in [-1, 1], one for each prompt.")
         x = self.encode_latents(targets)  # (B, C, h, w)
-        noise = torch.randn_like(x) if noise is None else noise
-        cond, cond_mask = self.encode_prompts(prompts, images)  # (B, L, c)
+        cond, cond_mask = self.encode_inputs(prompts)  # (B, L, c)
+
+        if u is None:
+            u = torch.rand(len(x), device=x.device)  # (B·K,)
+        repeats = len(u) // len(x)  # K
+        x = x.repeat_interleave(repeats, 0)  # (B·K, C, h, w)
+        cond, cond_mask = repeat(cond, repeats), repeat(cond_mask, repeats)
+        if noise is None:
+            noise = torch.randn_like(x)  # (B·K, C, h, w)
+
+        sigma = self.sigma_of(u)  # (B·K,)
         if self.is_flow:
-            sigma = 1 - torch.rand(len(x), device=x.device) if sigma is None else sigma  # in (0, 1]
             s = sigma.view(-1, 1, 1, 1)
             noisy = (1 - s) * x + s * noise  # x_σ = (1 − σ)·x + σ·ε
             timestep = 1000 * sigma
             target = noise - x  # the velocity dx_σ/dσ = ε − x
         else:
-            if sigma is None:
-                sigma = torch.randint(self.scheduler.config.num_train_timesteps, (len(x),))
-            timestep = sigma.long().to(x.device)
-            noisy = self.scheduler.add_noise(x, noise, timestep)  # x_t = √ᾱ_t·x + √(1 − ᾱ_t)·ε
-            target = noise  # ε
+            steps = self.scheduler.config.num_train_timesteps
+            timestep = (sigma * steps).ceil().long() - 1  # 0 .. steps − 1
+            noisy = self.scheduler.add_noise(x, noise, timestep)  # √ᾱ_t·x + √(1 − ᾱ_t)·ε
+            target = noise
             if self.scheduler.config.prediction_type == "v_prediction":
-                target = self.scheduler.get_velocity(x, noise, timestep)  # √ᾱ_t·ε − √(1 − ᾱ_t)·x
+                # √ᾱ_t·ε − √(1 − ᾱ_t)·x
+                target = self.scheduler.get_velocity(x, noise, timestep)
         return F.mse_loss(self.denoise(noisy, timestep, cond, cond_mask), target)
 
     def denoise(self, x, timestep, cond, cond_mask):
-        """The diffusion model's prediction (B, C, h, w) for noisy latents x at timestep (B,)."""
+        """The diffusion model's prediction (B, C, h, w) for latents x at timestep (B,)."""
         dtype = self.diffusion.dtype
-        x, cond = x.to(dtype), cond.to(dtype)
-        return self.diffusion(x, timestep=timestep, encoder_hidden_states=cond,
-                              encoder_attention_mask=cond_mask).sample.float()  # fmt: skip
+        output = self.diffusion(
+            x.to(dtype), timestep=timestep, encoder_hidden_states=cond.to(dtype),
+            encoder_attention_mask=cond_mask,
+        )  # fmt: skip
+        return output.sample.float()
 
     @torch.no_grad()
-    def generate(self, prompts, images=None, negative_prompt="", num_inference_steps=30,
-                 guidance_scale=3.0, image_guidance_scale=None, num_images_per_prompt=1,
-                 generator=None, callback=None):  # fmt: skip
-        """Draw pictures: a list of PIL images, `num_images_per_prompt` for each prompt in turn.
+    def generate(
+        self, prompts, images=None, negative_prompt="", num_inference_steps=None,
+        guidance_scale=None, image_guidance_scale=None, num_images_per_prompt=1,
+        height=None, width=None, generator=None, callback=None,
+    ):  # fmt: skip
+        """Generate a list of PIL images, `num_images_per_prompt` for each prompt in turn.
 
-        images: per prompt a list of PIL images, or None. No guidance: guidance_scale g = 1,
-        image_guidance_scale g_img ≤ 1; None is the config's, 1.5 for the paper's sizes.
-        `generator` seeds the noise, as in a diffusers pipeline.
-        `callback(guess)` is called after each step with latents (B·n, C, h, w), the picture as it
-        looks to the solver. Raises InputError if the latents are not finite."""
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        images = picture_lists(prompts, images)
-        negative = [negative_prompt] * len(prompts)
+        images: as for `image_lists`. negative_prompt: one, or one for each prompt. What is None is the checkpoint's own, or for height
+        and width `resolution`, in pixels. No guidance: guidance_scale g = 1,
+        image_guidance_scale g_img ≤ 1. generator: a torch.Generator, or a list of B·n,
+        seeds the noise as in a diffusers pipeline. callback(guess) is called after each
+        step with latents (B·n, C, h, w), the solver's current estimate of the clean
+        latents. Raises InputError for bad arguments, or if the latents are not finite."""
+        if isinstance(prompts, str):
+            prompts = [prompts]
+        prompts, images = list(prompts), image_lists(prompts, images)
+        defaults = self.generation_config
+        if num_inference_steps is None:
+            num_inference_steps = defaults["num_inference_steps"]
+        if guidance_scale is None:
+            guidance_scale = defaults["guidance_scale"]
         if image_guidance_scale is None:
-            image_guidance_scale = self.config.image_guidance
-        # Each branch is one way to condition; all are encoded, and denoised, as one batch.
-        branches = {"text": (prompts, images)}
-        guide_by_images = any(images) and image_guidance_scale > 1
-        if guidance_scale != 1 or guide_by_images:
-            branches["negative"] = (negative, images)
-        if guide_by_images:
-            branches["black"] = (negative, [black_like(row) for row in images])
+            image_guidance_scale = defaults["image_guidance_scale"]
+        if not prompts or min(num_inference_steps, num_images_per_prompt) < 1:
+            raise InputError("give at least one prompt, one step and one image per prompt.")
+        if not np.isfinite([guidance_scale, image_guidance_scale]).all():
+            raise InputError("guidance scales must be finite numbers.")
 
-        def guide(v):  # steers away from what is not asked for
-            if "black" in v:  # v = v_black + g_img·(v_neg − v_black) + g·(v_text − v_neg)
-                by_images = v["black"] + image_guidance_scale * (v["negative"] - v["black"])
-                return by_images + guidance_scale * (v["text"] - v["negative"])
-            if "negative" in v:  # v = v_neg + g·(v_text − v_neg)
-                return v["negative"] + guidance_scale * (v["text"] - v["negative"])
-            return v["text"]
+        # Each branch of guidance is one way to condition. They are one batch: text and
+        # images; negative prompt and images; negative prompt and black images.
+        if isinstance(negative_prompt, str):
+            negative_prompt = [negative_prompt] * len(prompts)
+        negative = [text or None for text in negative_prompt]
+        all_prompts, all_images = list(prompts), list(images)
+        guides_by_images = any(images) and image_guidance_scale > 1
+        if guidance_scale != 1 or guides_by_images:
+            all_prompts += negative
+            all_images += images
+        if guides_by_images:
+            all_prompts += negative
+            all_images += [black_like(row) for row in images]
+        branches = len(all_prompts) // len(prompts)
+        cond, cond_mask = self.encode_prompts(all_prompts, all_images)  # (branches·B, L, c)
+        cond = repeat(cond, num_images_per_prompt)
+        cond_mask = repeat(cond_mask, num_images_per_prompt)
 
-        texts = sum((branch_texts for branch_texts, _ in branches.values()), [])
-        pictures = sum((branch_images for _, branch_images in branches.values()), [])
-        cond, cond_mask = self.encode_prompts(texts, pictures)  # (branches·B, L, c)
-        cond = cond.repeat_interleave(num_images_per_prompt, 0)
-        if cond_mask is not None:
-            cond_mask = cond_mask.repeat_interleave(num_images_per_prompt, 0)
-        # The model has learned the velocity dx_σ/dσ = ε − x. To draw is to follow it from noise,
-        # σ = 1, to a picture, σ = 0: an ordinary differential equation, solved in a few steps.
-        scheduler = diffusers.DPMSolverMultistepScheduler.from_config(self.scheduler.config)
-        scheduler.set_timesteps(num_inference_steps, device=self.queries.device)
-        channels, side = self.diffusion.config.in_channels, self.diffusion.config.sample_size
-        shape = (len(prompts) * num_images_per_prompt, channels, side, side)
+        # The model has learned the velocity dx_σ/dσ = ε − x. To generate is to follow it
+        # from noise, σ = 1, to an image, σ = 0: an ordinary differential equation, which
+        # is nearly a straight line and so needs few steps of a solver.
+        solver = diffusers.DPMSolverMultistepScheduler.from_config(self.scheduler.config)
+        solver.set_timesteps(num_inference_steps, device=self.queries.device)
+        h, w = self.latent_size(height, width)
+        channels = self.diffusion.config.in_channels
+        shape = (len(prompts) * num_images_per_prompt, channels, h, w)
         noise = randn_tensor(shape, generator, self.queries.device, torch.float32)
-        x = noise * scheduler.init_noise_sigma  # (B·n, C, h, w)
-        for timestep in scheduler.timesteps:
-            noisy = scheduler.scale_model_input(x, timestep).repeat(len(branches), 1, 1, 1)
-            predicted = self.denoise(noisy, timestep.expand(len(noisy)), cond, cond_mask)
-            v = dict(zip(branches, predicted.chunk(len(branches)), strict=True))
-            x = scheduler.step(guide(v), timestep, x).prev_sample
+        x = noise * solver.init_noise_sigma  # (B·n, C, h, w)
+
+        for timestep in solver.timesteps:
+            noisy = solver.scale_model_input(x, timestep).repeat(branches, 1, 1, 1)
+            v = self.denoise(noisy, timestep.expand(len(noisy)), cond, cond_mask)
+            v = guide(v.chunk(branches), guidance_scale, image_guidance_scale)
+            x = solver.step(v, timestep, x).prev_sample  # (B·n, C, h, w)
             if callback:
-                callback(scheduler.model_outputs[-1])
+                callback(solver.model_outputs[-1])
+
         if not x.isfinite().all():
-            todo = "lower guidance_scale, or check that all weights are finite"
-            raise InputError(f"the drawing is not finite: {todo}.")
+            fix = "lower guidance_scale, use bfloat16 or float32, or check the weights"
+            raise InputError(f"the latents are not finite: {fix}.")
         return self.decode_latents(x)
 
+    def latent_size(self, height, width):
+        """(h, w) of latents for an image's height and width in pixels, or None."""
+        patch = self.diffusion.config.get("patch_size") or 1
+        blocks = self.diffusion.config.get("down_block_types", [0])  # a UNet's
+        unit = self.downsampling * patch * 2 ** (len(blocks) - 1)
+        sizes = []
+        for name, pixels in (("height", height), ("width", width)):
+            if pixels is None:
+                pixels = self.resolution
+            if pixels < 1 or pixels % unit and pixels != self.resolution:
+                raise InputError(f"{name} is {pixels}: give a multiple of {unit}.")
+            sizes.append(pixels // self.downsampling)
+        return sizes
+
     @torch.no_grad()
-    def answer(self, prompt, images=None, max_new_tokens=256, streamer=None):
-        """The MLLM's own answer, a string, to a prompt about `images`, a list of PIL images. No
-        query takes part: it is the untouched MLLM's. `streamer` (transformers') prints it."""
-        inputs = to_device(self.prepare_inputs([prompt], [images], None), self.queries.device)
-        options = {"max_new_tokens": max_new_tokens, "do_sample": False, "streamer": streamer}
-        tokens = self.mllm.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
-        return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)[0].strip()
+    def answer(self, prompt, images=None, max_new_tokens=256, system=None, streamer=None):
+        """The MLLM's own answer, a string, to a prompt about a list of PIL images.
+
+        No query takes part: it is the untouched MLLM's. With system=SYSTEM_PROMPT it says
+        what it takes a prompt for, in its own words. streamer: transformers', prints it."""
+        if images is not None:
+            images = [images]
+        inputs = to_device(self.format([prompt], images, system), self.queries.device)
+        options = {"max_new_tokens": max_new_tokens, "do_sample": False}
+        tokens = self.mllm.generate(**inputs, **options, streamer=streamer)
+        new = tokens[:, inputs["input_ids"].shape[1] :]
+        return self.tokenizer.batch_decode(new, skip_special_tokens=True)[0].strip()
 
     @torch.no_grad()
     def encode_latents(self, pixels):
-        """Pictures (B, 3, H, W) in [-1, 1] to latents (B, C, h, w), float32: (z − shift)·scale."""
+        """Images (B, 3, H, W) in [-1, 1] to latents (B, C, h, w) float32."""
         encoded = self.vae.encode(pixels.to(self.vae.dtype))
         if hasattr(encoded, "latent"):  # Sana's autoencoder
             z = encoded.latent
-        else:  # a KL autoencoder encodes to a normal distribution
-            z = encoded.latent_dist.sample() if self.training else encoded.latent_dist.mode()
-        return ((z - self.shift) * self.scale).float()
+        elif self.training:  # a KL autoencoder encodes to a normal distribution
+            z = encoded.latent_dist.sample()
+        else:
+            z = encoded.latent_dist.mode()
+        shift = self.vae.config.get("shift_factor") or 0
+        return ((z - shift) * self.vae.config.scaling_factor).float()
 
     @torch.no_grad()
     def decode_latents(self, latents):
-        """Latents (B, C, h, w) to a list of B PIL images: z = latents / scale + shift."""
-        z = latents / self.scale + self.shift
-        pixels = self.vae.decode(z.to(self.vae.dtype)).sample.float().clamp(-1, 1)  # (B, 3, H, W)
-        arrays = ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        return [Image.fromarray(array) for array in arrays]
+        """Latents (B, C, h, w) to a list of B PIL images."""
+        shift = self.vae.config.get("shift_factor") or 0
+        z = latents / self.vae.config.scaling_factor + shift
+        pixels = self.vae.decode(z.to(self.vae.dtype)).sample.float()  # (B, 3, H, W)
+        arrays = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte()
+        return [Image.fromarray(a) for a in arrays.permute(0, 2, 3, 1).cpu().numpy()]
 
     def trained_state_dict(self):
-        """What a checkpoint holds: queries, connector and whatever else the config trains."""
-        named = self.named_parameters()
-        kept = ((n, p) for n, p in named if p.requires_grad or n == "queries")  # also random ones
-        return {name: parameter.detach().contiguous() for name, parameter in kept}
+        """What a checkpoint holds: queries, connector and what else the config trains."""
+        return {
+            name: parameter.detach().contiguous()
+            for name, parameter in self.named_parameters()
+            if parameter.requires_grad or name == "queries"  # random ones are kept too
+        }
 
-    def load_trained_state_dict(self, state, source):
-        """Load a `trained_state_dict`; raises InputError if it is incompatible with the config."""
+    def load_trained_state_dict(self, state, source, assign=False):
+        """Load a `trained_state_dict`; raises InputError if it does not fit the config."""
         expected = self.trained_state_dict()
         fits = {n for n in expected if n in state and state[n].shape == expected[n].shape}
-        if wrong := [name for name in expected | state if name not in fits]:
-            reason = f"{len(wrong)} weights of {source} are incompatible with the config"
-            raise InputError(f"{reason}, first {wrong[0]}: use the flags it was trained with.")
-        self.load_state_dict(state, strict=False)
+        wrong = [name for name in expected | state if name not in fits]
+        if wrong:
+            reason = f"{len(wrong)} weights of {source} do not fit the config"
+            raise InputError(f"{reason}, first {wrong[0]}: use the flags of its training.")
+        state = {name: state[name].to(expected[name].dtype) for name in expected}
+        self.load_state_dict(state, strict=False, assign=assign)
 
-    def _save_pretrained(self, folder):  # called by save_pretrained(folder) and push_to_hub(id)
-        save_checkpoint(self.config, self.trained_state_dict(), folder)
+    def _save_pretrained(self, folder):  # called by save_pretrained and push_to_hub
+        save_checkpoint(self, self.trained_state_dict(), folder)
+
+    @classmethod
+    def from_config(cls, config, dtype=torch.float32):
+        """A new model, with the parts that a config names: frozen ones in `dtype`, trained
+        ones in float32. Raises InputError if a part cannot be loaded."""
+        mllm, processor = load_mllm(config, dtype)
+        diffusion, vae, scheduler = load_diffusion(config, dtype)
+        return cls(config, mllm, processor, diffusion, vae, scheduler)
 
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32, **changes):
-        """Load a checkpoint, a folder or a hub id; `changes` replace fields of its config. Raises
-        InputError if it is missing, corrupt or incompatible with the config."""
-        return load_checkpoint(folder, dtype, changes)
+        """Load a checkpoint, a folder or a hub id; `changes` replace fields of its config.
+        Raises InputError if it is missing, corrupt or does not fit the config."""
+        config, state, generation_config = read_checkpoint(folder, changes)
+        mllm, processor = load_mllm(config, dtype)
+        diffusion, vae, scheduler = load_diffusion(config, dtype)
+        with torch.device("meta"):  # queries and connector come from the checkpoint
+            model = cls(config, mllm, processor, diffusion, vae, scheduler)
+        model.load_trained_state_dict(state, folder, assign=True)
+        model.generation_config |= generation_config
+        return model
 
 
-# ---- 5. Loading the frozen parts -----------------------------------------------------------------
+def to_device(inputs, device):
+    """Move inputs to a device, except two that LLaVA-OneVision reads on the CPU."""
+    moved = dict(inputs)
+    for name, x in inputs.items():
+        if name not in ("image_sizes", "batch_num_images"):
+            moved[name] = x.to(device, non_blocking=True)
+    return moved
+
+
+def repeat(x, times):
+    """Each row of x (B, ...) `times` times, one after the other; None stays None."""
+    if x is None:
+        return None
+    return x.repeat_interleave(times, 0)
+
+
+# ---- 5. Loading the parts ------------------------------------------------------------
 def caption_width(diffusion):
     """c, the width of a diffusion model's text condition: 2304 for Sana, 768 for SD1.5."""
     return diffusion.config.get("caption_channels") or diffusion.config.cross_attention_dim
@@ -515,92 +762,119 @@ def caption_width(diffusion):
 
 @contextmanager
 def loading(name, flag):
-    """Turn the errors of loading a part into an InputError; `flag` is what replaces the part."""
+    """Turn the errors of loading a part into an InputError; `flag` selects another part."""
     try:
         yield
     except InputError:
         raise
-    except Exception as error:  # a corrupt file may raise any: of safetensors, of tokenizers, ...
+    except Exception as error:  # a corrupt file may raise any
         reason = (str(error).strip() or repr(error)).splitlines()[0]
-        todo = f"go online (log in if the model is gated), or name another hub id or folder: {flag}"
-        raise InputError(f"cannot load {name} ({reason}): {todo}.") from None
+        fix = f"go online (log in if the model is gated), or give another {flag}"
+        raise InputError(f"cannot load {name} ({reason}): {fix}.") from None
+
+
+def load_weights(part_class, name, flag, **options):
+    """`part_class.from_pretrained`; raises InputError if some weights are not in the files.
+
+    The libraries only warn, and leave random numbers in their place."""
+    if part_class is diffusers.AutoModel:  # it cannot tell what is missing: name the class
+        found = part_class.load_config(name, subfolder=options.get("subfolder"))
+        part_class = getattr(diffusers, found["_class_name"])
+    part, info = part_class.from_pretrained(name, output_loading_info=True, **options)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        where = f"{name}/{options['subfolder']}" if "subfolder" in options else name
+        reason = f"{where} lacks {len(missing)} weights, first {missing[0]}"
+        raise InputError(f"{reason}: download it again, or give another {flag}.")
+    return part.eval()
 
 
 def load_mllm(config, dtype):
     """(MLLM in evaluation mode, its processor; a text-only MLLM's tokenizer)."""
     name = config.mllm
-    auto_model, auto_processor = transformers.AutoModelForCausalLM, transformers.AutoTokenizer
+    model_class, processor_class = transformers.AutoModelForCausalLM, transformers.AutoTokenizer
     with loading(name, "--mllm"):
         if hasattr(transformers.AutoConfig.from_pretrained(name), "vision_config"):
-            auto_model = transformers.AutoModelForImageTextToText
-            auto_processor = transformers.AutoProcessor
-        processor = auto_processor.from_pretrained(name)
+            model_class = transformers.AutoModelForImageTextToText
+            processor_class = transformers.AutoProcessor
+        processor = processor_class.from_pretrained(name)
         if not processor.chat_template:
-            todo = "copy chat_template.jinja of its Instruct version into the folder"
-            raise InputError(f"{name} has no chat template: {todo}, or choose another --mllm.")
+            fix = "copy chat_template.jinja of its Instruct version into the folder"
+            raise InputError(f"{name} has no chat template: {fix}, or give another --mllm.")
         tokenizer = getattr(processor, "tokenizer", processor)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        dtype = torch.float32 if config.train_mllm else dtype
-        return auto_model.from_pretrained(name, dtype=dtype).eval(), processor
+        if config.train_mllm:
+            dtype = torch.float32
+        return load_weights(model_class, name, "--mllm", dtype=dtype), processor
 
 
 def load_diffusion(config, dtype):
     """(diffusion model, VAE, scheduler): Sana's transformer, or Stable Diffusion's UNet."""
-    name = config.diffusion
-    load = partial(diffusers.AutoModel.from_pretrained, name, low_cpu_mem_usage=False)
+    name, load = config.diffusion, diffusers.AutoModel
     with loading(name, "--diffusion"):
         try:
-            diffusers.SanaTransformer2DModel.load_config(name, subfolder="transformer")
+            load.load_config(name, subfolder="transformer")
             part, scheduler = "transformer", diffusers.DPMSolverMultistepScheduler
         except OSError:  # it has no such folder
             part, scheduler = "unet", diffusers.DDPMScheduler
-        vae = load(subfolder="vae", torch_dtype=dtype).eval()
-        trained_dtype = torch.float32 if config.train_diffusion else dtype
-        diffusion = load(subfolder=part, torch_dtype=trained_dtype)
-        return diffusion, vae, scheduler.from_pretrained(name, subfolder="scheduler")
+        scheduler = scheduler.from_pretrained(name, subfolder="scheduler")
+        trained_dtype = dtype
+        if config.train_diffusion:
+            trained_dtype = torch.float32
+        options = {"subfolder": part, "torch_dtype": trained_dtype}
+        diffusion = load_weights(load, name, "--diffusion", **options)
+    with loading(config.vae or name, "--vae"):
+        options = {"torch_dtype": dtype}
+        if not config.vae:
+            options["subfolder"] = "vae"
+        vae = load_weights(load, config.vae or name, "--vae", **options)
+    return diffusion, vae, scheduler
 
 
-# ---- 6. Checkpoints: skip on first reading -------------------------------------------------------
+# ---- 6. Checkpoints: skip on first reading -------------------------------------------
 def portable(config, folder):
-    """A config's fields, for its config.json in `folder`: the paths of parts that lie in `folder`,
-    or beside this file, are relative to it. Hub ids and other paths stay as given."""
+    """A config's fields for the config.json in `folder`: parts that lie in `folder`, or
+    beside this file, are relative to it. Hub ids and other paths stay as given."""
     values = asdict(config)
-    for name in ("mllm", "diffusion"):
+    for name in ("mllm", "diffusion", "vae"):
         path = Path(values[name]).resolve()
-        bases = [base for base in (Path(folder).resolve(), HERE) if path.is_relative_to(base)]
-        if path.exists() and bases:
-            values[name] = str(path.relative_to(bases[0]))
+        for base in (Path(folder).resolve(), HERE):
+            if values[name] and path.exists() and path.is_relative_to(base):
+                values[name] = path.relative_to(base).as_posix()
+                break
     return values
 
 
-def save_checkpoint(config, state, folder):
+def save_checkpoint(model, state, folder):
     """Write what was trained, a `trained_state_dict`; config.json names the frozen parts."""
-    text = json.dumps(portable(config, folder), indent=2)
-    (folder / "config.json").write_text(text + "\n")
+    folder = Path(folder)
+    for name, values in (("config.json", portable(model.config, folder)),
+                         ("generation_config.json", model.generation_config)):  # fmt: skip
+        (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     save_file(state, folder / "model.safetensors", {"format": "pt"})
 
 
-def load_checkpoint(folder, dtype, changes):
-    """The MetaQuery saved in a folder or under a hub id; see `MetaQuery.from_pretrained`."""
+def read_checkpoint(folder, changes):
+    """(config, trained weights, generation config) of a folder or hub id."""
     if not Path(folder).exists() and len(Path(folder).parts) == 2:
         with suppress(OSError, ValueError):
             folder = snapshot_download(str(folder))
     folder = Path(folder)
     try:
-        values = json.loads((folder / "config.json").read_text())
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         state = load_file(folder / "model.safetensors")
-        if "condition" in values:  # as older checkpoints named it
-            values["condition_on"] = values.pop("condition")
-        for name in ("mllm", "diffusion"):
-            bases = [base for base in (folder, HERE) if (base / values[name]).is_dir()]
-            values[name] = str(bases[0] / values[name]) if bases else values[name]
+        for name in ("mllm", "diffusion", "vae"):
+            bases = [base for base in (folder, HERE) if (base / values.get(name, "")).is_dir()]
+            if values.get(name) and bases:
+                values[name] = str(bases[0] / values[name])
         config = MetaQueryConfig(**(values | changes))
+        generation_config = {}
+        if (folder / "generation_config.json").exists():
+            text = (folder / "generation_config.json").read_text(encoding="utf-8")
+            generation_config = {n: x for n, x in json.loads(text).items() if n in GENERATION}
     except InputError:
         raise
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
         reason = f"{folder} is corrupt or not a MetaQuery checkpoint ({error})"
-        todo = "name a folder that train.py saved, or an older step"
-        raise InputError(f"{reason}: {todo}.") from None
-    model = MetaQuery(config, dtype)
-    model.load_trained_state_dict(state, folder)
-    return model
+        raise InputError(f"{reason}: give a folder that train.py saved.") from None
+    return config, state, generation_config

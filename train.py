@@ -9,7 +9,7 @@ Stages: pretrain draws captions; reconstruct draws pictures again; mix does both
 fine-tune a --checkpoint on edits, and on prompts with pictures. Every field of MetaQueryConfig is a
 flag too. `--out` holds step-00001000/ folders (weights and training state), log.jsonl,
 samples/step-*.png, and the latest weights at its top, so that `sample.py --checkpoint OUT` works at
-any time. The same command resumes a run. What fits a GPU: python -m training.sizes SIZE.
+any time. The same command resumes a run. What fits a GPU: python -m extras.sizes SIZE.
 """
 
 from training.flags import parse_flags
@@ -33,18 +33,18 @@ from transformers import get_cosine_with_min_lr_schedule_with_warmup
 from transformers.utils.logging import disable_progress_bar
 
 from data.batches import Collate, open_batches
-from data.command_line import device_of, errors_in_one_line
-from data.pictures import grid, save_picture
+from cli import device_of, errors_in_one_line
+from sample import grid, save_picture
 from data.sources import open_rows
 from data.stages import STAGES
 from metaquery import InputError, MetaQuery, MetaQueryConfig
 from toy.tasks import task
 from training.checkpoint import load_weights, lock, resume, save
-from training.kernels import checkpoint_layers, choose_attention
+from training.attention import checkpoint_layers, choose_attention
 from training.latents import CachedLatents
 from training.log import Log
 from training.prompts import CachedPrompts
-from training.sharding import (
+from training.distributed import (
     DTYPE,
     check_batch_size,
     distribute,

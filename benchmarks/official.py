@@ -44,19 +44,9 @@ from pathlib import Path, PurePosixPath
 from PIL import ImageOps
 from tqdm import tqdm
 
-from data.command_line import (
-    BATCH,
-    DRAWING_BOUNDS,
-    add_drawing_options,
-    begin,
-    check_bounds,
-    draw,
-    errors_in_one_line,
-    load_model,
-    stop,
-    writable,
-)
-from data.pictures import SUFFIXES, grid, open_picture, save_picture
+from cli import begin, check_bounds, errors_in_one_line, stop, writable
+from sample import BATCH, DRAWING_BOUNDS, add_drawing_options, draw, load_model
+from sample import SUFFIXES, grid, open_picture, save_picture
 from metaquery import InputError, to_rgb
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data.command_line import begin, check_bounds, errors_in_one_line, stop
-from data.pictures import SUFFIXES, open_picture
+from cli import begin, check_bounds, errors_in_one_line, stop
+from sample import SUFFIXES, open_picture
 from metaquery import InputError, to_rgb
 
 SIDE = 256

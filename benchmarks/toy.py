@@ -15,17 +15,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data.command_line import (
-    DRAWING_BOUNDS,
-    add_drawing_options,
-    begin,
-    check_bounds,
-    draw,
-    errors_in_one_line,
-    load_model,
-    writable,
-)
-from data.pictures import grid, save_picture
+from cli import begin, check_bounds, errors_in_one_line, writable
+from sample import DRAWING_BOUNDS, add_drawing_options, draw, load_model
+from sample import grid, save_picture
 from toy.scene import edit_score, score
 from toy.talk import unseen_question
 from toy.tasks import PICTURE_KINDS, SIX_KINDS, TEXT_KINDS, task

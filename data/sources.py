@@ -16,7 +16,7 @@ from datasets.distributed import split_dataset_by_node
 from PIL import Image as PILImage
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from data.command_line import parse_data
+from cli import parse_data
 from metaquery import MAX_PICTURES, InputError
 
 # Known names of each column; train.py's flags name others.

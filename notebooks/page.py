@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from PIL import Image, ImageOps
 
-from data.command_line import draw
-from data.pictures import open_picture
+from sample import draw
+from sample import open_picture
 from metaquery import InputError, clean_prompt, to_rgb
 from notebooks.inside import attention_maps
 from toy.scene import Object, Scene, render

@@ -56,7 +56,7 @@ def show_results(table, names):
     If the table was not made yet, print the command that makes it.
     """
     path = RESULTS / f"{table}.json"
-    command = f"python -m benchmarks.tables {table}"
+    command = f"python -m extras.tables {table}"
     if not path.exists():
         print(f"no results yet; to make them: {command}")
         return

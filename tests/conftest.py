@@ -25,7 +25,7 @@ from PIL import Image
 
 from metaquery import SYSTEM_PROMPT, MetaQuery, MetaQueryConfig
 from notebooks.tiny_parts import make_stable_diffusion
-from toy.pretrain_mllm import CHAT_TEMPLATE, language_config, make_processor, make_tokenizer
+from extras.toy_parts.language import CHAT_TEMPLATE, language_config, make_processor, make_tokenizer
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "weights" / "tiny"

@@ -14,7 +14,7 @@ from gradio_client import Client, handle_file  # noqa: E402
 from gradio_client.exceptions import AppError  # noqa: E402
 
 import app  # noqa: E402
-from data.command_line import add_drawing_options, draw  # noqa: E402
+from sample import add_drawing_options, draw  # noqa: E402
 from metaquery import MetaQuery  # noqa: E402
 from notebooks.page import EXAMPLES, PAIR  # noqa: E402
 from toy.scene import SHAPES, read, render  # noqa: E402

@@ -19,11 +19,11 @@ from conftest import WORDS, launcher, losses, noise_picture, run
 from tqdm import tqdm
 from transformers import SiglipConfig, SiglipImageProcessor, SiglipModel, SiglipProcessor
 
-import data.curate
-import data.instructions
+import extras.curation.__main__
+import extras.curation.instructions
 from benchmarks.curate import Recorder, group_score, instruction_score, target_score
-from data.curate import contact_sheet, curate, open_run, parse_flags
-from data.instructions import (
+from extras.curation.__main__ import contact_sheet, curate, open_run, parse_flags
+from extras.curation.instructions import (
     ImagePair,
     InstructionWriter,
     Siglip,
@@ -34,7 +34,7 @@ from data.instructions import (
 )
 from metaquery import MAX_PROMPT_TOKENS, InputError
 from toy.documents import ToyWriter, write_documents
-from toy.pretrain_mllm import make_tokenizer
+from extras.toy_parts.language import make_tokenizer
 from toy.scene import COLORS, SHAPES
 
 pytestmark = pytest.mark.usefixtures("handlers_restored")
@@ -415,7 +415,7 @@ def test_train_takes_the_curated_folder(toy, build, tmp_path):
 
 
 def command(processes, folder, out, *more):
-    module = ["-m", "data.curate"]
+    module = ["-m", "extras.curation"]
     return run([*launcher(processes), *module, "--data", str(folder), "--out", str(out), *more])
 
 

@@ -14,10 +14,10 @@ import pytest
 from conftest import noise_picture
 from PIL import Image
 
-import data.download
-from data.curate import parse_flags
-from data.documents import MAX_CAPTION, duplicates, open_blocks, read_documents
-from data.download import Downloader, Dropped, is_public
+import extras.curation.download
+from extras.curation.__main__ import parse_flags
+from extras.curation.documents import MAX_CAPTION, duplicates, open_blocks, read_documents
+from extras.curation.download import Downloader, Dropped, is_public
 from metaquery import InputError
 
 pytestmark = pytest.mark.usefixtures("handlers_restored")

@@ -15,9 +15,9 @@ from conftest import ROOT, check_refused, run
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import data.flags
-from data.facts import COMMON, NEVER_TRAINED, WORDINGS, gives_away, neighbours, read_facts
-from data.flags import draw_flag, flags, parse_flags, questions, write_flags
+import extras.flags.dataset
+from extras.flags.facts import COMMON, NEVER_TRAINED, WORDINGS, gives_away, neighbours, read_facts
+from extras.flags.dataset import draw_flag, flags, parse_flags, questions, write_flags
 from data.sources import open_dataset, standardize
 
 for package in data.flags.PACKAGES:
@@ -28,7 +28,7 @@ for package in data.flags.PACKAGES:
 def made(tmp_path_factory):
     """What the command writes, without the language model."""
     out = tmp_path_factory.mktemp("made") / "flags"
-    done = run([sys.executable, "-m", "data.flags", "--out", str(out), "--no-llm"])
+    done = run([sys.executable, "-m", "extras.flags.dataset", "--out", str(out), "--no-llm"])
     assert done.returncode == 0, done.stderr
     return out
 
@@ -206,7 +206,7 @@ def test_the_language_model_is_not_needed_twice(tmp_path, monkeypatch, handlers_
 
 
 def test_bad_flags_are_one_line(tmp_path):
-    done = run([sys.executable, "-m", "data.flags", "--out", str(tmp_path / "o"), "--size", "8"])
+    done = run([sys.executable, "-m", "extras.flags.dataset", "--out", str(tmp_path / "o"), "--size", "8"])
     check_refused(done, "--size is 8")
 
 

@@ -24,10 +24,10 @@ from safetensors.torch import load_file, save_file
 
 import benchmarks.official
 import sample
-import toy.pretrain
+import extras.toy_parts.__main__
 import train
-import training.sizes
-from data.pictures import open_picture, save_picture
+import extras.sizes
+from sample import open_picture, save_picture
 from metaquery import InputError, MetaQuery, to_rgb
 
 MODULES = {"sample": sample, "official": benchmarks.official, "sizes": training.sizes}

@@ -47,7 +47,7 @@ def test_results_are_drawn_and_where_there_are_none_the_command_is_told(
     monkeypatch.setattr(show, "RESULTS", tmp_path)
     monkeypatch.setattr(show.plt, "show", lambda: drawn.append(show.plt.gcf()))
     show.show_results("T3", ["dense"])
-    assert "python -m benchmarks.tables T3" in capsys.readouterr().out and not drawn
+    assert "python -m extras.tables T3" in capsys.readouterr().out and not drawn
     arms = {"one": {"mean": {"dense": 0.5}, "spread": {"dense": 0.1}}}
     arms["two"] = {"mean": {"dense": 0.75}, "spread": {"dense": 0.0}}
     result = {

@@ -8,7 +8,7 @@ import torch
 from conftest import noise_picture, pixels
 from PIL import Image
 
-from data.command_line import add_drawing_options, draw
+from sample import add_drawing_options, draw
 from metaquery import InputError
 from notebooks.page import film, light_up, look_inside, more_sources, patch_maps
 

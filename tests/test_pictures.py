@@ -8,7 +8,7 @@ import pytest
 from conftest import check_refused, cli, noise_picture
 from PIL import Image
 
-from data.pictures import grid, open_picture
+from sample import grid, open_picture
 from metaquery import to_rgb
 from toy.scene import render
 from toy.tasks import task

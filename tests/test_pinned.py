@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data.pictures import grid
+from sample import grid
 from metaquery import MetaQuery
 from toy.talk import TALKS, talks
 from toy.tasks import KINDS, TEXT_KINDS, task

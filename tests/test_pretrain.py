@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from transformers import AutoProcessor, LlavaOnevisionForConditionalGeneration
 
 from metaquery import TINY
-from toy.fit import Run, fit
-from toy.pretrain_mllm import lay_out, put, scenes_to_tower, talk_loss, talk_texts
+from extras.toy_parts.fit import Run, fit
+from extras.toy_parts.language import lay_out, put, scenes_to_tower, talk_loss, talk_texts
 from toy.scene import random_scene, read, render
 from toy.talk import TALKS, account, talks
 

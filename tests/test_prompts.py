@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import check_refused, run
 
-from training.kernels import checkpoint_layers
+from training.attention import checkpoint_layers
 from training.prompts import CachedPrompts
 
 PROMPTS = ["a red star left of a blue circle", "a star", "", "a star"]

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from transformers import AutoModelForCausalLM
 
-from benchmarks import real_knowledge
+from extras.flags import __main__ as real_knowledge
 from benchmarks.flag_readout import Readout
-from benchmarks.real_knowledge import (
+from extras.flags.__main__ import (
     caption_states,
     make_flags,
     measure_flags,
@@ -19,7 +19,7 @@ from benchmarks.real_knowledge import (
     share_right,
     token_states,
 )
-from data.flags import questions
+from extras.flags.dataset import questions
 from metaquery import TINY, MetaQuery, MetaQueryConfig
 
 COLORS = {"AA": "red", "BB": "green", "CC": "blue", "DD": "blue"}  # two have the same flag

@@ -14,9 +14,9 @@ from conftest import ROOT, TINY, check_refused, cli, environment, run
 from PIL import Image
 
 from metaquery import MetaQuery
-from toy.fit import pictures_to_tensor
-from toy.pretrain import same
-from toy.pretrain_mllm import answers
+from extras.toy_parts.fit import pictures_to_tensor
+from extras.toy_parts.__main__ import same
+from extras.toy_parts.language import answers
 from toy.scene import COLORS, SHAPES, Goal, GoalObject, random_scene, render, score
 from toy.talk import Talk, unseen_question
 from toy.tasks import KINDS, SIX_KINDS, task

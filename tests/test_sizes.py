@@ -11,14 +11,14 @@ import transformers
 from conftest import ROOT, WORDS, losses
 from PIL import Image
 
-from benchmarks.speed import peak
+from extras.speed import peak
 from data.batches import resolution_of
 from metaquery import PRESETS, Connector, InputError, MetaQuery, MetaQueryConfig
-from toy.pretrain_mllm import language_config, make_tokenizer
+from extras.toy_parts.language import language_config, make_tokenizer
 from train import TrainConfig, train
-from training.kernels import checkpoint_layers
-from training.memory import Run, peak_of_step, plan
-from training.sizes import (
+from training.attention import checkpoint_layers
+from extras.memory import Run, peak_of_step, plan
+from extras.sizes import (
     DIFFUSIONS,
     MLLMS,
     QWEN,
@@ -119,11 +119,11 @@ def test_table_of_base_is_the_papers(capsys):
 
 def test_table_on_the_command_line():
     flags = ["--processes", "2", "--shard", "true", "--connector-layers", "6"]
-    command = [sys.executable, "-m", "training.sizes", "tiny", *flags]
+    command = [sys.executable, "-m", "extras.sizes", "tiny", *flags]
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert "16 queries" in done.stdout and "the largest micro-batch is" in done.stdout
-    command = [sys.executable, "-m", "training.sizes", "--mllm", "nobody/nothing"]
+    command = [sys.executable, "-m", "extras.sizes", "--mllm", "nobody/nothing"]
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
     assert done.returncode == 2 and "nobody/nothing" in done.stderr.splitlines()[-1]
 

@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.full_width import full_model, multiplications, step_flops, training
+from extras.full_width import full_model, multiplications, step_flops, training
 
 
 def counted(function):

