@@ -5,6 +5,7 @@ It imports torch only where it is needed, so that --help and bad flags are answe
 
 import math
 import os
+import platform
 import signal
 import sys
 import time
@@ -97,6 +98,20 @@ def device_of(name=""):
     return torch.device(gpu if name == "cuda" else name)
 
 
+def has_bfloat16_instructions():
+    """Whether this CPU, and torch as it is set up here, multiply bfloat16 in hardware."""
+    import torch
+
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    # On x86 the question above is answered yes by AVX-512 alone, which computes in float32.
+    if "AVX512" not in torch.backends.cpu.get_cpu_capability():
+        return False
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def choose_dtype(device, name=""):
     """(dtype of the arithmetic, why) for a torch device; `name`, of --dtype, decides if given.
 
@@ -108,7 +123,7 @@ def choose_dtype(device, name=""):
     if name:
         return getattr(torch, name), "as --dtype says"
     if device.type == "cpu":
-        if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        if has_bfloat16_instructions():
             return torch.bfloat16, "this CPU has bfloat16 instructions"
         return torch.float32, "this CPU has no bfloat16 instructions"
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):

@@ -424,6 +424,7 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
         self.generation_config = dict(GENERATION)
 
         d = mllm.config.get_text_config().hidden_size
+        self.queries = nn.Parameter(torch.randn(config.num_queries, d) * 0.02)  # (N, d)
         if connector is None:
             gain = 1.0
             if "caption_channels" in diffusion.config:  # Sana
@@ -431,7 +432,6 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
             layers, design = config.connector_layers, config.connector
             connector = Connector(d, caption_width(diffusion), layers, design, gain)
         self.connector = connector
-        self.queries = nn.Parameter(torch.randn(config.num_queries, d) * 0.02)  # (N, d)
 
         self.queries.requires_grad_(config.condition_on == "queries")
         mllm.requires_grad_(config.train_mllm)

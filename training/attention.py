@@ -1,18 +1,27 @@
-"""How layers are run in training: attention of the queries on a CPU, and gradient checkpointing.
+"""What a training step may do in less time or memory, with the same results.
 
-The results are those of the plain model; only time and memory differ.
+Attention of the queries on a CPU, layers that run again in the backward pass (gradient
+checkpointing), and caches of what frozen parts compute.
 """
 
+import hashlib
+import os
+from pathlib import Path
+
 import torch
+import torch.nn.functional as F
 import transformers
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-PIECE = 512  # tokens that a frozen MLP takes at once, to save memory
+from metaquery import InputError, MetaQuery, Prompt
 
 
+# ---- Attention -----------------------------------------------------------------------------------
 class QueriesAttention(torch.autograd.Function):
     """Attention that computes no gradient of the prompt's keys and values: nothing needs it (§3.1).
 
@@ -33,8 +42,10 @@ class QueriesAttention(torch.autograd.Function):
     def backward(ctx, grad):
         q, k, v, weights = ctx.saved_tensors
         own = slice(-ctx.num_queries, None)  # the queries' own keys and values
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        grad_q = torch.empty_like(q)
+        grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)
         grad_v[:, :, own] = weights[..., own].mT @ grad  # dv = Pᵀ·dO
+
         for group in range(k.shape[1]):  # one at a time, to save memory
             p = weights[:, group]
             grad_p = grad[:, group] @ v[:, group].mT  # dP = dO·vᵀ
@@ -53,95 +64,162 @@ def attend(module, q, k, v, mask, scaling, **options):
     if not torch.is_grad_enabled() or mask is None:
         with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
             return sdpa_attention_forward(module, q, k, v, mask, scaling=scaling, **options)
+
     mask = torch.zeros_like(mask, dtype=v.dtype).masked_fill(~mask, -torch.inf)
     grouped = (q * scaling).unflatten(1, (k.shape[1], -1)).flatten(2, 3)
     out = QueriesAttention.apply(grouped.to(v.dtype), k.to(v.dtype), v, mask)
     return out.unflatten(2, (-1, q.shape[2])).flatten(1, 2).transpose(1, 2), None
 
 
-# The library's models find it under this name.
+# transformers' models find it under this name.
 transformers.AttentionInterface.register("queries", attend)
 transformers.AttentionMaskInterface.register("queries", sdpa_mask)
 
 
-def choose_kernels(device):
-    """Choose the library's attention kernels that train fastest on a device.
+def choose_attention(model):
+    """Choose the attention that trains fastest on the model's device and in its dtype.
 
-    On a CPU the fused kernel's backward pass is slower than the plain one's. On a GPU cuDNN's
+    On a CPU the fused kernel's backward pass is slower than the plain one's, and the library's
+    takes two to four times as long over the queries' pass as `QueriesAttention`. On a GPU cuDNN's
     plans for a second at every new length of prompts.
     """
+    on_cpu = model.queries.device.type == "cpu"
     torch.backends.cuda.enable_cudnn_sdp(False)
-    torch.backends.cuda.enable_flash_sdp(device.type != "cpu")
-
-
-def choose_attention(model):
-    """Choose the attention that trains fastest on the model's device.
-
-    On a CPU the library's takes two to four times as long over the queries' pass as
-    `QueriesAttention`.
-    """
-    choose_kernels(model.queries.device)
-    on_cpu, decoder = model.queries.device.type == "cpu", model.mllm.get_decoder()
+    torch.backends.cuda.enable_flash_sdp(not on_cpu)
+    decoder = model.mllm.get_decoder()
     # A model without "sdpa" attends in a way of its own, which is kept.
     if on_cpu and not model.config.train_mllm and decoder.config._attn_implementation == "sdpa":
         decoder.set_attn_implementation("queries")
 
 
-class Recomputed:
-    """A layer's `forward` that keeps only its inputs and runs again in the backward pass."""
+# ---- Gradient checkpointing ----------------------------------------------------------------------
+class Recomputed(nn.Module):
+    """Stands where a layer stood: keeps only its inputs, and runs it again in the backward pass.
 
-    def __init__(self, forward, index):
-        self.forward, self.index = forward, index
+    Its parameters and modules are the layer's own, under the same names. A layer of the MLLM finds
+    in the cache what the prompt left there, however often it runs: `run` removes what the queries
+    append, since nothing reads it later. transformers' own checkpointing refuses a cache.
+    """
 
-    def __call__(self, *inputs, **options):
+    def __init__(self, layer, index):
+        super().__init__()
+        self._parameters, self._modules = layer._parameters, layer._modules
+        self.layer, self.index = [layer], index  # in a list: no module of its own name
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.layer[0], name)
+
+    def forward(self, *inputs, **options):
+        layer, cache = self.layer[0], options.get("cache")
         if not torch.is_grad_enabled():
-            return self.forward(*inputs, **options)
-        cache = options.get("cache")
-        run = self.forward if cache is None else self.from_cache(cache.layers[self.index])
-        return checkpoint(run, *inputs, use_reentrant=False, **options)
+            return layer(*inputs, **options)
+        if cache is None:
+            return checkpoint(layer, *inputs, use_reentrant=False, **options)
 
-    def from_cache(self, own):
-        """A `forward` that finds the layer's cache as it is now, however often it runs.
-
-        What it appends is dropped again: of the queries nothing is read later. Only the first run
-        over a prompt, of an MLLM that is trained too, leaves its keys and values for the queries.
-        """
-        begin = dict(vars(own))
+        entry = cache.layers[self.index]
+        length = entry.get_seq_length()  # prompt tokens; 0 in the first pass of a trained MLLM
+        keys, values = getattr(entry, "keys", None), getattr(entry, "values", None)
 
         def run(*inputs, **options):
-            entry = dict(vars(own))
-            vars(own).update(begin)
-            try:
-                return self.forward(*inputs, **options)
-            finally:  # recomputing ends by an exception once all that is needed is there
-                if begin["is_initialized"] or entry["is_initialized"]:
-                    vars(own).update(entry)
+            if length:  # the queries' pass: as the prompt left it
+                entry.keys, entry.values = keys, values
+            elif entry.get_seq_length():  # the prompt's pass, again: on a cache of its own
+                options["cache"] = DynamicCache()
+                options["cache"].layers = [type(entry)() for _ in cache.layers]
+            return layer(*inputs, **options)
 
-        return run
-
-
-class InPieces:
-    """An MLP's `forward` that takes a long prompt PIECE tokens at a time."""
-
-    def __init__(self, forward):
-        self.forward = forward
-
-    def __call__(self, x):
-        return torch.cat([self.forward(piece) for piece in x.split(PIECE, 1)], 1)
+        return checkpoint(run, *inputs, use_reentrant=False, **options)
 
 
 def checkpoint_layers(model):
-    """Gradient checkpointing of the queries' pass, the connector and the diffusion model.
-
-    The queries' pass leaves the prompt's keys and values as they were, so that it can run again;
-    transformers' own checkpointing refuses a cache. Called twice, it changes nothing more.
-    """
+    """Gradient checkpointing of the queries' pass, the connector and the diffusion model."""
     model.diffusion.enable_gradient_checkpointing()
-    decoder_layers = model.mllm.get_decoder().layers
-    if isinstance(decoder_layers[0].forward, Recomputed):
-        return
-    for layer in decoder_layers:
-        layer.mlp.forward = InPieces(layer.mlp.forward)
-    for layers in (decoder_layers, model.connector.layers):
+    for layers in (model.mllm.get_decoder().layers, model.connector.layers):
         for index, layer in enumerate(layers):
-            layer.forward = Recomputed(layer.forward, index)
+            layers[index] = Recomputed(layer, index)
+
+
+# ---- Caches --------------------------------------------------------------------------------------
+def pad_left(tensors, length):
+    """Tensors (..., T, d) with T of their own, stacked: (B, ..., length, d), zeros on the left."""
+    return torch.stack([F.pad(x, (0, 0, length - x.shape[-2], 0)) for x in tensors])
+
+
+class KeepsPrompts(MetaQuery):
+    """--cache-prompts: keeps keys, values and last states of each text prompt in memory.
+
+    They depend on the prompt alone (§3.1: no prompt token can see a query), so each is computed
+    once. They take memory: with SmolLM2-135M in bfloat16, 24 kB a token.
+    """
+
+    def read_prompt(self, inputs):
+        """As MetaQuery's, for a frozen MLLM; prompts with images are computed each time."""
+        if self.config.train_mllm:
+            raise InputError("--cache-prompts needs a frozen MLLM: leave out --train-mllm.")
+        if len(inputs) > 2:  # more than token ids and their mask: images
+            return super().read_prompt(inputs)
+
+        kept = self.__dict__.setdefault("kept_prompts", {})
+        mask = inputs["attention_mask"].bool()  # (B, T), False at padding, which is on the left
+        rows = zip(inputs["input_ids"], mask, strict=True)
+        prompts = [tuple(ids[real].tolist()) for ids, real in rows]
+        new = [i for i, prompt in enumerate(prompts) if prompt not in kept]
+        if new:
+            read = super().read_prompt({name: x[new] for name, x in inputs.items()})
+            layers = [torch.stack([layer.keys, layer.values], 1) for layer in read.cache.layers]
+            states = torch.stack(layers, 1)  # (B, layers, 2, heads, T, head size)
+            for row, i in enumerate(new):
+                real = slice(-len(prompts[i]), None)
+                kept[prompts[i]] = states[row, ..., real, :].clone(), read.hidden[row, real].clone()
+
+        states, hidden = zip(*(kept[prompt] for prompt in prompts), strict=True)
+        states = pad_left(states, mask.shape[1])  # (B, layers, 2, heads, T, head size)
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(states.permute(1, 2, 0, 3, 4, 5)):
+            cache.update(keys, values, layer)
+        mask = inputs["attention_mask"].to(states.device)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)  # (B, T)
+        return Prompt(cache, pad_left(hidden, mask.shape[1]), mask, positions)
+
+
+class KeepsLatents(MetaQuery):
+    """--cache-latents: a folder keeps each image's latents, so that the VAE encodes it once.
+
+    A file's name tells the weights of the VAE and the pixels, so any runs may share a folder.
+    """
+
+    def keep_latents_in(self, folder):
+        """Choose the folder. Raises InputError for a VAE whose latents are random."""
+        if not hasattr(self.vae.config, "encoder_block_out_channels"):
+            raise InputError("--cache-latents needs Sana's VAE: another's latents are random.")
+        digest = hashlib.sha256()
+        for weight in self.vae.encoder.parameters():
+            digest.update(weight.detach().flatten().view(torch.uint8).cpu().numpy())
+        self.latents_folder = Path(folder) / digest.hexdigest()[:16]
+
+    def encode_latents(self, pixels):
+        """As MetaQuery's; a file that cannot be read is made again."""
+        latents = {}
+        arrays = [image.numpy() for image in pixels.cpu().contiguous()]
+        names = [hashlib.sha256(array).hexdigest() for array in arrays]
+        paths = [self.latents_folder / name[:3] / name for name in names]
+        for i, path in enumerate(paths):
+            try:
+                latents[i] = torch.load(path, weights_only=True)
+            except Exception:  # not there, or cut off
+                continue
+
+        new = [i for i in range(len(paths)) if i not in latents]
+        if new:
+            encoded = super().encode_latents(pixels[new]).to(self.vae.dtype).cpu()
+            for i, x in zip(new, encoded, strict=True):
+                latents[i] = x.clone()
+                paths[i].parent.mkdir(parents=True, exist_ok=True)
+                temporary = paths[i].with_name(f".{paths[i].name}-{os.getpid()}")
+                torch.save(latents[i], temporary)
+                temporary.replace(paths[i])
+        stacked = torch.stack([latents[i] for i in range(len(paths))])  # (B, C, h, w)
+        return stacked.float().to(pixels.device)

@@ -6,15 +6,15 @@ the connector and of the diffusion model is a unit, and the root holds the rest.
 in the root as a whole: gradient reaches its layers through the cached keys and values as well,
 where FSDP would not gather their weights again.
 With --shard-frozen the layers of frozen models are sharded too, but not the vision tower: a process
-whose prompts have no picture would not take part in gathering it, and the others would wait.
+whose prompts have no image would not take part in gathering it, and the others would wait.
 
-There is one rule for the dtype of the arithmetic, DTYPE: unsharded, autocast chooses it operation
-by operation; sharded, a unit's weights are gathered in it. Gradients are summed over the processes
-in float32.
+Unsharded, autocast chooses the dtype operation by operation; sharded, a unit's weights are gathered
+in it. Gradients are summed over the processes in float32.
 """
 
 import os
 import sys
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -29,8 +29,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from metaquery import InputError
-
-DTYPE = torch.bfloat16  # of the arithmetic, and of the frozen weights
 
 
 def open_processes(device):
@@ -47,13 +45,13 @@ def open_processes(device):
     return rank, world
 
 
-def check_batch_size(config, world):
+def check_batch_size(batch_size, micro_batch_size, world):
     """Raise InputError if the batch does not divide into the processes' micro-batches."""
-    share = max(1, config.batch_size // world)
-    micro = min(config.micro_batch_size or 1, share)
-    if config.batch_size % (world * micro):
+    share = max(1, batch_size // world)
+    micro = min(micro_batch_size or 1, share)
+    if batch_size % (world * micro):
         raise InputError(
-            f"--batch-size {config.batch_size} does not divide into {world} processes' "
+            f"--batch-size {batch_size} does not divide into {world} processes' "
             f"micro-batches of {micro}: choose a multiple of {world * micro}."
         )
 
@@ -76,57 +74,68 @@ def units_of(model, shard_frozen):
         head = model.mllm.get_output_embeddings()
         if head.weight is not embeddings.weight:
             units.append(head)
+
     return [u for u in units if shard_frozen or any(p.requires_grad for p in u.parameters())]
 
 
-def shard(model, device, shard_frozen=False):
+def shard(model, device, dtype, shard_frozen=False):
     """Shard a MetaQuery over all processes, in place: its trained weights, and if `shard_frozen`
     its frozen language model. Every process must hold the same weights."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    # Inputs keep their dtype: noise and σ would suffer from bfloat16.
-    policy = MixedPrecisionPolicy(DTYPE, torch.float32, cast_forward_inputs=False)
+    # Inputs stay in float32: bfloat16 would round the noise and its level.
+    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     head, embeddings = model.mllm.get_output_embeddings(), model.mllm.get_input_embeddings()
     units = units_of(model, shard_frozen)
     is_shared = head.weight is embeddings.weight and embeddings in units
+
     for unit in units:
         fully_shard(unit, mesh=mesh, mp_policy=policy)
-    # The root holds the rest of what is trained; what is frozen and in no unit stays whole. Its
-    # weights are freed after the forward pass too, so that no gathered copy outlives an update.
-    rest = {p for p in model.parameters() if not p.requires_grad and not isinstance(p, DTensor)}
+
+    # The root holds the rest of what is trained; frozen weights outside of units stay unsharded.
+    # The root too is resharded after the forward pass, so no stale copy survives an update.
+    unsharded = {
+        p for p in model.parameters() if not p.requires_grad and not isinstance(p, DTensor)
+    }
     if is_shared:
-        rest.add(head.weight)
-    options = {"reshard_after_forward": True, "ignored_params": rest}
+        unsharded.add(head.weight)
+    options = {"reshard_after_forward": True, "ignored_params": unsharded}
     fully_shard(model, mesh=mesh, mp_policy=policy, **options)
+
     if is_shared:
         head.weight = embeddings.weight
     register_fsdp_forward_method(model, "generate")
 
 
-def distribute(model, config, world, device):
+def distribute(model, device, dtype, world, sharded=False, shard_frozen=False, stage="pretrain"):
     """The model as the training step calls it: itself, in DDP, or itself sharded.
 
     Raises InputError if it cannot be sharded.
     """
     if world == 1:
-        if config.shard:
+        if sharded:
             print("warning: --shard has no effect in one process: use torchrun.", file=sys.stderr)
         return model
-    if config.shard and model.config.train_mllm and config.stage != "pretrain":
-        # A process whose prompts have no picture has no gradient of the vision tower to sum.
-        todo = "use --stage pretrain, or leave out --shard"
-        raise InputError(f"--shard with --train-mllm takes prompts without pictures only: {todo}.")
-    if config.shard:
-        shard(model, device, config.shard_frozen)
+
+    if sharded and model.config.train_mllm and stage != "pretrain":
+        # A process whose prompts have no image has no gradient of the vision tower to sum.
+        fix = "use --stage pretrain, or leave out --shard"
+        raise InputError(f"--shard with --train-mllm takes prompts without images only: {fix}.")
+    if sharded:
+        shard(model, device, dtype, shard_frozen)
         return model
+
     options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
-    # A trained MLLM has parts without a gradient: its head, and without pictures the vision tower.
+    # A trained MLLM has parts without a gradient: its head, and without images the vision tower.
     options["find_unused_parameters"] = model.config.train_mllm
     return DistributedDataParallel(model, **options)
 
 
-def precision(wrapped, device):
-    """The context of a forward pass: autocast, unless sharded weights are gathered in DTYPE."""
-    return torch.autocast(device.type, DTYPE, enabled=not isinstance(wrapped, FSDPModule))
+def precision(wrapped, device, dtype):
+    """The context of a forward pass: autocast, unless weights are gathered in `dtype` already, or
+    it is float32, in which the weights are."""
+    if dtype == torch.float32 or isinstance(wrapped, FSDPModule):
+        return nullcontext()
+    return torch.autocast(device.type, dtype)
 
 
 def sum_gradients(wrapped, enabled):
@@ -139,15 +148,28 @@ def sum_gradients(wrapped, enabled):
 
 def whole(tensor):
     """A sharded tensor, gathered by all processes; any other as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor()
+    return tensor
 
 
-def out_of_memory(config):
+def gather(value, world):
+    """The list of all processes' values, small Python objects, by rank."""
+    values = [value]
+    if world > 1:
+        values = [None] * world
+        dist.all_gather_object(values, value)
+    return values
+
+
+def out_of_memory(batch_size, micro_batch_size):
     """The line that a process ends with when it is out of memory: what to try."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    share = config.batch_size // world
-    micro = config.micro_batch_size or share
+    share = batch_size // world
+    micro = micro_batch_size or share
     smaller = [n for n in range(1, micro // 2 + 1) if share % n == 0]
-    todo = f"try --micro-batch-size {smaller[-1]} (now {micro}), " if smaller else "try "
-    todo += "--gradient-checkpointing true, or --shard true with more processes"
-    return f"out of memory in process {rank}: {todo}; python -m extras.sizes shows what fits."
+    fix = "try "
+    if smaller:
+        fix += f"--micro-batch-size {smaller[-1]} (now {micro}), "
+    fix += "--gradient-checkpointing true, or --shard true with more processes"
+    return f"out of memory in process {rank}: {fix}; python -m extras.sizes shows what fits."
