@@ -206,7 +206,9 @@ def test_the_language_model_is_not_needed_twice(tmp_path, monkeypatch, handlers_
 
 
 def test_bad_flags_are_one_line(tmp_path):
-    done = run([sys.executable, "-m", "extras.flags.dataset", "--out", str(tmp_path / "o"), "--size", "8"])
+    done = run(
+        [sys.executable, "-m", "extras.flags.dataset", "--out", str(tmp_path / "o"), "--size", "8"]
+    )
     check_refused(done, "--size is 8")
 
 
