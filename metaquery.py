@@ -861,6 +861,8 @@ def read_checkpoint(folder, changes):
             folder = snapshot_download(str(folder))
     folder = Path(folder)
     try:
+        if (folder / "latest").exists():  # a run's folder: its newest checkpoint
+            folder = folder / (folder / "latest").read_text(encoding="utf-8").strip()
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         state = load_file(folder / "model.safetensors")
         for name in ("mllm", "diffusion", "vae"):

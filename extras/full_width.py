@@ -20,11 +20,11 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from data.batches import resolution_of
+from extras.memory import fake
+from extras.sizes import DIFFUSIONS, LLAVA, MLLMS, meta_model
 from metaquery import SANA, TINY, MetaQuery, MetaQueryConfig, to_device
 from training.attention import choose_attention
-from extras.memory import fake
 from training.distributed import layers_of
-from extras.sizes import DIFFUSIONS, LLAVA, MLLMS, meta_model
 
 CACHE = Path(tempfile.gettempdir()) / "metaquery-bench"
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bfloat16, without sparsity

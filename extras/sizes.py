@@ -16,8 +16,8 @@ import torch
 import transformers
 
 from cli import begin, check_bounds, stop
-from metaquery import Connector, InputError, MetaQueryConfig, caption_width
 from extras.memory import Run, plan
+from metaquery import Connector, InputError, MetaQueryConfig, caption_width
 
 BOUNDS = {"processes": (1, 10**6), "micro_batch_size": (1, 10**6), "prompt_tokens": (1, 10**6)}
 

@@ -30,9 +30,9 @@ import transformers
 from torch.profiler import profile
 
 from extras.full_width import BATCHES, CACHE, now, one_loss, training, vae_arithmetic, vae_share
+from extras.sizes import MLLMS
 from metaquery import TINY, MetaQuery, MetaQueryConfig
 from training.attention import checkpoint_layers, choose_attention
-from extras.sizes import MLLMS
 
 WAYS = ("plain", "ours", "ours with checkpointed layers")
 CASES = {  # (b): what the prompt is, and its tokens

@@ -299,6 +299,6 @@ def build(parts):
         torch.manual_seed(1)
         options = {"num_queries": 5, "connector_layers": 2} | changes
         config = MetaQueryConfig(str(parts / mllm), str(parts / diffusion), **options)
-        return MetaQuery(config, dtype).to(dtype).eval()
+        return MetaQuery.from_config(config, dtype).to(dtype).eval()
 
     return make
