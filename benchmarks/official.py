@@ -245,12 +245,13 @@ def check_names(names):
 
 
 WISE = "wise expects WISE_legacy/data or data_verified, with *.json"
+REWRITTEN = "wise-rewrite expects WISE_legacy/data, with *_rewrite.json"
 DREAMBENCH = "dreambench expects dataset/prompts_and_classes.txt and a folder of images a subject"
 OFFICIAL = {
     "geneval": Benchmark(geneval, "geneval expects prompts/evaluation_metadata.jsonl", 7.5),
     "dpg": Benchmark(dpg, "dpg expects a folder of prompts, one .txt each", 7.5),
     "wise": Benchmark(wise, WISE, 7.5),
-    "wise-rewrite": Benchmark(partial(wise, rewritten=True), WISE.replace("*", "*_rewrite"), 7.5),
+    "wise-rewrite": Benchmark(partial(wise, rewritten=True), REWRITTEN, 7.5),
     "commonsense": Benchmark(commonsense, "commonsense expects data.json of its pairs", 7.5),
     "mjhq": Benchmark(mjhq, 'mjhq expects meta_data.json, {id: {"category", "prompt"}}', 3.0),
     "coco": Benchmark(coco, 'coco expects parquet files with a column "caption"', 3.0),

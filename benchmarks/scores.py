@@ -5,9 +5,9 @@
 
 OUT is a folder of generated images. REFERENCE is a folder of images, or of parquet files with a
 column "image". On both sides the short side becomes 256 pixels (bicubic, antialiased) and the
-middle 256 by 256 are kept. PSNR, SSIM and LPIPS compare images of the same name, and are printed if every
-generated one has one. FID and LPIPS download the weights of their networks. Images that cannot be
-read are named and left out.
+middle 256 by 256 are kept. PSNR, SSIM and LPIPS compare images of the same name, and are printed
+if every generated one has one. FID and LPIPS download the weights of their networks. Images that
+cannot be read are named and left out.
 """
 
 import argparse

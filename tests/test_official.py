@@ -215,9 +215,7 @@ def test_a_prompt_that_is_no_text_is_named_and_loses_no_other(build, tmp_path):
         with pytest.raises(InputError) as caught:
             run(build("llava"), OFFICIAL[name].items(data), args)
         assert all(f" row {row}: its prompt is no text" in str(caught.value) for row in rows)
-        assert {"evaluation_metadata.jsonl", "x.parquet"} & set(
-            str(caught.value).split("/")[-1].split()
-        )
+        assert "evaluation_metadata.jsonl" in str(caught.value) or "x.parquet" in str(caught.value)
         assert all((tmp_path / name / file).exists() for file in files)
 
 
