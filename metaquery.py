@@ -51,7 +51,6 @@ class MetaQueryConfig:
 
     mllm: str  # hub id or folder: LLaVA-OneVision, Qwen2.5-VL or a text-only ChatML model
     diffusion: str  # hub id or folder: Sana or Stable Diffusion, with its scheduler
-    vae: str = ""  # hub id or folder of another VAE than the diffusion model's own
     num_queries: int = 256  # N, number of learnable queries
     connector: Literal["enc-proj", "proj-enc"] = "enc-proj"  # Table 3
     connector_layers: int = 24  # transformer layers of the connector
@@ -59,6 +58,7 @@ class MetaQueryConfig:
     train_mllm: bool = False  # Table 2: the paper keeps the MLLM frozen
     train_diffusion: bool = True  # Table 2: tuning the diffusion model helps
     sigma_shift: float = 1.0  # above 1, training sees more high noise levels; 1 is uniform
+    vae: str = ""  # hub id or folder of another VAE than the diffusion model's own
 
     def __post_init__(self):
         for field in fields(self):
