@@ -63,15 +63,12 @@ class MetaQueryConfig:
 
     def __post_init__(self):
         for field in fields(self):
-            value = getattr(self, field.name)
-            choices = get_args(field.type)
-            if choices and value not in choices:
-                raise InputError(f"{field.name} is {value!r}: choose one of {choices}.")
-            if not choices and type(value) is not field.type:
-                expected = field.type.__name__
-                raise InputError(f"{field.name} is {value!r}: give a {expected}.")
-            if field.type in (int, float) and not 0 < value <= 65_536:
-                raise InputError(f"{field.name} is {value}: give 1 to 65,536.")
+            value, choices = getattr(self, field.name), get_args(field.type)
+            is_number = field.type in (int, float)
+            fits = value in choices if choices else type(value) is field.type
+            if not fits or is_number and not 0 < value <= 65_536:
+                allowed = choices or f"{field.type.__name__}, numbers from 1 to 65,536"
+                raise InputError(f"{field.name} is {value!r}: give one of {allowed}.")
 
     @classmethod
     def preset(cls, size, **changes):
@@ -115,6 +112,7 @@ MAX_PROMPT_TOKENS = 256  # the user's text is cut here, with a warning
 MAX_IMAGES = 6  # in one prompt, as in the paper's instruction data (§4)
 MAX_ASPECT_RATIO = 100  # Qwen2.5-VL's processor refuses 200
 QWEN_PIXELS = {"shortest_edge": 256 * 28 * 28, "longest_edge": 1280 * 28 * 28}
+NO_IMAGES = "images must be PIL images: open files with PIL.Image.open."
 
 
 class PromptFormat:
@@ -130,11 +128,10 @@ class PromptFormat:
         self.takes_images = hasattr(mllm_config, "vision_config")
 
     def __call__(self, prompts, images=None, system=SYSTEM_PROMPT):
-        """Tokenize B prompts, padded on the left: a dict of tensors.
+        """Tokenize B prompts, strings or None, padded on the left: a dict of tensors.
 
-        prompts: strings; None is a dropped prompt. images: as for `image_lists`. With
-        system=None, to ask the MLLM itself, images are not cropped. Raises InputError if
-        there are too many images, or the MLLM reads text only."""
+        images: as for `image_lists`; with system=None, to ask the MLLM itself, uncropped.
+        Raises InputError if there are too many, or the MLLM reads text only."""
         images = [[to_rgb(image) for image in row] for row in image_lists(prompts, images)]
         if any(images) and not self.takes_images:
             raise InputError("this MLLM reads text only: choose one that takes images.")
@@ -200,13 +197,13 @@ def image_lists(prompts, images):
     """A list of PIL images for each prompt.
 
     Accepts None, one image per prompt, a list of images per prompt, or, for a single
-    prompt, one image or a flat list of them. Raises InputError for anything else."""
+    prompt, a flat list of them. Raises InputError for anything else."""
     if images is None:
-        return [[] for _ in prompts]
+        images = [None] * len(prompts)
     if isinstance(images, Image.Image):
         images = [images]
     if not isinstance(images, list | tuple):
-        raise InputError("images must be PIL images: open files with PIL.Image.open.")
+        raise InputError(NO_IMAGES)
     if len(prompts) == 1 and images and all(isinstance(x, Image.Image) for x in images):
         images = [images]
     if len(images) != len(prompts):
@@ -214,14 +211,11 @@ def image_lists(prompts, images):
 
     lists = []
     for row in images:
-        if row is None:
-            row = []
         if isinstance(row, Image.Image):
             row = [row]
-        if not isinstance(row, list | tuple) or not all(
-            isinstance(x, Image.Image) for x in row
-        ):
-            raise InputError("images must be PIL images: open files with PIL.Image.open.")
+        row = row or []
+        if not isinstance(row, list | tuple) or any(not isinstance(x, Image.Image) for x in row):
+            raise InputError(NO_IMAGES)
         lists.append(list(row))
     return lists
 
@@ -392,7 +386,7 @@ class Connector(nn.Module):
 class Prompt(NamedTuple):
     """What pass 1 leaves of B prompts: all that the queries can see."""
 
-    cache: Any  # transformers' cache: keys and values of each layer
+    cache: Any  # keys and values of each layer
     hidden: torch.Tensor  # (B, T, d), the last hidden states
     mask: torch.Tensor  # (B, T), 0 at padding
     positions: torch.Tensor  # (B, T), or (3, B, T) for Qwen2.5-VL
