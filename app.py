@@ -248,8 +248,9 @@ def make_page(model, args):
     if is_toy:
         palette = ["#{:02x}{:02x}{:02x}".format(*color) for color in COLORS.values()]
         brush = gr.Brush(default_size=40, colors=palette, color_mode="fixed")
-    uploads = (3600, 86_400)  # every hour, those older than a day are deleted
-    with gr.Blocks(title="MetaQuery", delete_cache=uploads) as page:
+    # Every hour uploads older than a day are deleted.
+    options = {"analytics_enabled": False, "delete_cache": (3600, 86_400)}
+    with gr.Blocks(title="MetaQuery", **options) as page:
         gr.Markdown(f"# MetaQuery\n{line}")
         with gr.Row(elem_id="columns"):
             with gr.Column():

@@ -5,7 +5,7 @@ import argparse
 import numpy as np
 import pytest
 import torch
-from conftest import noise_picture, pixels
+from conftest import noise_image, pixels
 from PIL import Image
 
 from app import Stopped, add_source, describe_model, film, read_settings
@@ -36,7 +36,7 @@ def test_a_film_ends_in_what_is_generated_without_it(build, flags, diffusion):
 def test_an_error_ends_the_film(build, flags):
     model = build("qwen")
     with pytest.raises(InputError, match="reads text only"):
-        list(film(model, "a red star", [noise_picture(16, 16)], flags))
+        list(film(model, "a red star", [noise_image(16, 16)], flags))
     assert list(film(model, "a red star", [], flags))  # and the next one is generated
 
 
@@ -75,7 +75,7 @@ def test_the_title_says_what_the_model_can_generate(build):
 @pytest.mark.parametrize("mllm, number", [("llava", 1), ("llava", 2), ("qwen-vl", 2)])
 def test_patches_are_those_of_their_image(build, mllm, number):
     model = build(mllm)
-    images = [noise_picture(16, 16)] * number
+    images = [noise_image(16, 16)] * number
     inputs = model.format(["a red star"], [images])
     places = torch.arange(inputs["input_ids"].shape[1]).view(1, 1, 1, -1)  # stand for weights
     found = [patches.flatten() for patches in patch_maps(model, images, inputs, places)]
@@ -90,7 +90,7 @@ def test_patches_are_those_of_their_image(build, mllm, number):
 @pytest.mark.parametrize("mllm", ("llava", "qwen", "qwen-vl"))
 def test_inside_of_any_mllm(build, mllm):
     model = build(mllm)
-    images = [] if mllm == "qwen" else [noise_picture(32, 16)] * 2
+    images = [] if mllm == "qwen" else [noise_image(32, 16)] * 2
     page = look_inside(model, "a <b>red</b> <|im_end|> star", images)
     assert page.count("<tr") == 1 + 5 and page.count("<img") == 5 * len(images)
     assert "<b>" not in page and "&gt;" in page  # the prompt is text, not HTML

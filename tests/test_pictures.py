@@ -7,7 +7,7 @@ import zlib
 import commands
 import numpy as np
 import pytest
-from conftest import noise_picture
+from conftest import noise_image
 from PIL import Image
 
 from metaquery import InputError
@@ -103,7 +103,7 @@ def test_one_bad_image_of_many_loses_nothing(call, tmp_path):
     """The rest are generated, the bad ones named, and the exit code is 2."""
     (tmp_path / "list").mkdir()
     Image.new("RGB", (20, 20), "red").save(tmp_path / "list" / "a.png")
-    noise_picture(64, 64).save(tmp_path / "list" / "broken.png")
+    noise_image(64, 64).save(tmp_path / "list" / "broken.png")
     data = (tmp_path / "list" / "broken.png").read_bytes()
     (tmp_path / "list" / "broken.png").write_bytes(data[:3000])
     rows = ['{"prompt": "make it blue", "images": ["a.png"]}'] * 10  # beside the list
@@ -147,14 +147,14 @@ def bomb(path):
 def test_bad_images_are_one_line(call, tmp_path, problem, words):
     path = tmp_path / "f.png"
     if problem == "truncated":
-        noise_picture(64, 64).save(path)
+        noise_image(64, 64).save(path)
         path.write_bytes(path.read_bytes()[:3000])
     elif problem == "text":
         path.write_text("no image at all")
     elif problem == "bomb":
         bomb(path)
     elif problem == "many":
-        noise_picture(9, 9).save(path)
+        noise_image(9, 9).save(path)
     elif problem == "folder":
         path.mkdir()
     elif problem == "loop":
