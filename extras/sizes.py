@@ -30,7 +30,6 @@ SPARE = 0.1  # share of a card
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 PROMPT_TOKENS = 300  # the system prompt, and a text at its longest
 CPU, DTYPE = torch.device("cpu"), torch.bfloat16
-PARTS = {"mllm": "MLLM", "connector": "connector", "diffusion": "diffusion model", "vae": "VAE"}
 
 
 @dataclass
@@ -83,7 +82,7 @@ def step_peak(config, run, samples):
     if run.shard:
         shard(model, CPU, DTYPE, run.shard_frozen)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model.to_empty(device="cpu")
+        model.to_empty(device="cpu")  # fake tensors
         model.mllm.tie_weights()
         parameters = [p for p in model.parameters() if p.requires_grad]
         for parameter in parameters:
@@ -108,7 +107,7 @@ def generation_peaks(config):
     """Bytes at the peak of generating an image: (all parts on the GPU, each there in its turn)."""
     model = meta_model(config).to(DTYPE).requires_grad_(False)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model.to_empty(device="cpu")
+        model.to_empty(device="cpu")  # fake tensors
         model.mllm.tie_weights()
         rows = 2  # of guidance: with the prompt and without
         x = torch.zeros(rows, model.diffusion.config.in_channels, *model.latent_size(None, None))
@@ -150,18 +149,18 @@ def main():
         config = MetaQueryConfig.preset(flags["size"], **changes)
         print(f"{flags['size']}: {config.mllm} x {config.diffusion}")
         model = meta_model(config)
-        for name, part in {**{PARTS[n]: getattr(model, n) for n in PARTS}, "in all": model}.items():
-            count = sum(p.numel() for p in part.parameters())
-            trained = sum(p.numel() for p in part.parameters() if p.requires_grad)
-            weights = f"{2 * count / 1e9:6.2f} GB in bfloat16"
-            print(f"{name:>16} {count / 1e6:9.1f} M, {trained / 1e6:7.1f} M trained, {weights}")
+        for name in ("mllm", "connector", "diffusion", "vae"):
+            parameters = list(getattr(model, name).parameters())
+            count = sum(p.numel() for p in parameters) / 1e6
+            trained = ", trained" * parameters[-1].requires_grad
+            print(f"{name:>10} {count:7.1f} M, {count / 500:5.2f} GB in bfloat16{trained}")
 
         whole, in_turn = generation_peaks(config)
         print(f"an image: {whole / 1e9:.1f} GB, with --offload {in_turn / 1e9:.1f} GB", flush=True)
         if run.shard:
             dist.init_process_group("fake", world_size=run.processes, rank=0, store=FakeStore())
         steps = {}
-        for samples in MICRO_BATCHES if run.micro_batch_size == 0 else (run.micro_batch_size,):
+        for samples in (run.micro_batch_size,) if run.micro_batch_size else MICRO_BATCHES:
             steps[samples] = step_peak(config, run, samples)
             print(f"a micro-batch of {samples}: {steps[samples] / 1e9:.1f} GB", flush=True)
             if steps[samples] > max(CARDS) * 1e9:

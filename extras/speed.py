@@ -4,10 +4,10 @@
     python -m extras.speed --size base --layers 6               on a CPU: fewer layers, real widths
     python -m extras.speed                                      the tiny size
 
-Models have random weights of the real shapes. The plain way passes prompt and queries through the
-MLLM at once, with gradient, and encodes each image at each step. A step is forward, backward,
-clipping and AdamW; the ways take turns. First of each row is the plain way's time over this way's:
-the median of all turns, with the least and the most. Several noise levels count as so many samples.
+Weights are random, of the real shapes. The plain way passes prompt and queries through the MLLM at
+once, with gradient, and encodes each image at each step. A step is forward, backward, clipping and
+AdamW; the ways take turns. A row begins with the plain way's time over its own: median, least and
+most of all turns. Several noise levels count as so many samples.
 """
 
 import argparse
@@ -19,17 +19,16 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-import diffusers
 import torch
-import torch.nn.functional as F
 from diffusers import DPMSolverMultistepScheduler, SanaPipeline
-from torch.profiler import profile
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoProcessor
 
 from cli import DTYPES, bounded, choose_dtype, device_of, errors_in_one_line, set_up
 from extras.architectures import build, mllm_config
 from metaquery import PRESETS, TINY, MetaQuery, MetaQueryConfig, to_device
+from notebooks.plain import one_pass
 from training.attention import KeepsLatents, choose_attention
 from training.distributed import precision
 
@@ -38,38 +37,8 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bfloat16, witho
 TEXT_TOKENS = 64  # the system prompt and a short caption
 
 
-# ---- The plain way -------------------------------------------------------------------------------
-def one_pass(model, inputs):
-    """The queries' states (B, N, d) by one pass over prompt and queries, with gradient."""
-    n = len(model.queries)
-    decoder = model.mllm.get_decoder()
-
-    def add_queries(decoder, args, options):
-        embeds = options["inputs_embeds"]
-        queries = model.queries.to(embeds.dtype).expand(len(embeds), -1, -1)
-        mask = F.pad(options["attention_mask"], (0, n), value=1)  # (B, T + N)
-        positions = options.get("position_ids")
-        if positions is None:
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        else:  # Qwen2.5-VL's, of the prompt
-            after = positions.amax(-1, keepdim=True) + 1 + torch.arange(n, device=mask.device)
-            positions = torch.cat([positions, after], -1)
-        embeds = torch.cat([embeds, queries], 1)
-        added = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
-        return args, options | added
-
-    inputs = to_device(inputs, model.queries.device)
-    if "pixel_values" not in inputs:
-        inputs["inputs_embeds"] = model.mllm.get_input_embeddings()(inputs.pop("input_ids"))
-    hook = decoder.register_forward_pre_hook(add_queries, with_kwargs=True)
-    try:
-        return model.mllm.base_model(**inputs, use_cache=False).last_hidden_state[:, -n:]
-    finally:
-        hook.remove()
-
-
 class Plain(MetaQuery):
-    """MetaQuery without its two passes."""
+    """One pass over prompt and queries, with gradient through both."""
 
     def encode_inputs(self, inputs):
         decoder = self.mllm.get_decoder()
@@ -80,7 +49,6 @@ class Plain(MetaQuery):
         return self.connector(hidden.to(self.queries.dtype)), None
 
 
-# ---- What is measured ----------------------------------------------------------------------------
 def random_model(size, layers, device, dtype):
     """(MetaQuery of random weights, the share of its layers that it has)."""
     config = MetaQueryConfig.preset(size)
@@ -107,7 +75,7 @@ def sharing(model, kind):
 def random_inputs(model, samples, with_image):
     """Inputs of B prompts as a processor makes them: tokens of text, behind an image's."""
     config = model.mllm.config
-    ids = torch.randint(10, 1000, (samples, TEXT_TOKENS))
+    ids = torch.randint(10, 300, (samples, TEXT_TOKENS))  # none is special
     inputs = {}
     if with_image and config.model_type == "llava_onevision":
         pixels, patch = config.vision_config.image_size, config.vision_config.patch_size
@@ -123,19 +91,23 @@ def random_inputs(model, samples, with_image):
         ids = torch.cat([image, ids], 1)
         inputs["pixel_values"] = torch.randn(samples * 36 * 36, 3 * 2 * 14 * 14)
         inputs["image_grid_thw"] = torch.tensor([[1, 36, 36]] * samples)
+        inputs["mm_token_type_ids"] = (ids == config.image_token_id).long()
     inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     return to_device(inputs, model.queries.device)
 
 
-def seconds(function, device):
-    """How long a function takes, until the device has done it all."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
+def seconds_of(runs, repeats, device):
+    """{name: seconds of each turn} of functions that take turns; the first turn warms up."""
+    times = {name: [] for name in runs}
+    for turn in range(repeats + 1):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            run()
+            if device.type == "cuda":  # it may not have done all yet
+                torch.cuda.synchronize()
+            if turn > 0:
+                times[name].append(time.perf_counter() - began)
+    return times
 
 
 @torch.no_grad()
@@ -151,11 +123,13 @@ def needed_flops(model, inputs, targets):
             result = function(*args)
         return result, counter.get_total_flops()
 
+    model.queries.requires_grad_(False)  # torch's counter refuses their view without gradient
     x = model.encode_latents(targets)
     prompt, read = counted(model.read_prompt, dict(inputs))
     hidden, queries = counted(model.run_queries, prompt)
     cond, connector = counted(model.connector, hidden.to(model.queries.dtype))
     _, denoising = counted(model.denoise, x, torch.ones(len(x), device=x.device), cond, None)
+    model.queries.requires_grad_(model.config.condition_on == "queries")
     trained = 2 + model.config.train_diffusion
     return read + 2 * queries + 3 * connector + trained * denoising
 
@@ -172,13 +146,13 @@ def host_syncs(step):
 
 def largest_costs(step, device):
     """The three operations that take most of a step's time, with their shares, as text."""
-    with profile() as profiled:
+    kind = {"cpu": "CPU", "cuda": "CUDA"}[device.type]
+    with profile(activities=[getattr(ProfilerActivity, kind)]) as profiled:
         step()
-    attribute = f"self_{'device' if device.type == 'cuda' else 'cpu'}_time_total"
-    times = {event.key: getattr(event, attribute) for event in profiled.key_averages()}
-    total = sum(times.values())
-    largest = sorted(times, key=times.get)[-3:][::-1]
-    return ", ".join(f"{name} {times[name] / total:.0%}" for name in largest)
+    own = f"self_{'device' if kind == 'CUDA' else 'cpu'}_time_total"
+    times = {event.key: getattr(event, own) for event in profiled.key_averages()}
+    largest = sorted(times, key=times.get, reverse=True)[:3]
+    return ", ".join(f"{name} {times[name] / sum(times.values()):.0%}" for name in largest)
 
 
 def print_steps(model, share, with_image, args, device, dtype):
@@ -189,12 +163,8 @@ def print_steps(model, share, with_image, args, device, dtype):
     optimizer = torch.optim.AdamW(parameters, 1e-6, fused=True)
     kept = sharing(model, KeepsLatents)
     kept.keep_latents_in(tempfile.mkdtemp())
-    k = args.noises_per_sample
-    ways = {PLAIN: (sharing(model, Plain), 1), OURS: (model, 1), KEPT: (kept, 1)}
-    ways[f"{KEPT}, {k} noise levels"] = (kept, k)
 
-    def step(way):
-        way_model, repeats = ways[way]
+    def step(way_model, repeats=1):
         u = torch.rand(args.batch_size * repeats, device=device)
         with precision(model, device, dtype):
             loss = way_model(dict(inputs), targets, u=u)
@@ -203,37 +173,36 @@ def print_steps(model, share, with_image, args, device, dtype):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    times = {way: [] for way in ways}
-    for turn in range(args.repeats + 1):  # the first one warms up
-        for way, (_, repeats) in ways.items():
-            taken = seconds(partial(step, way), device) / repeats
-            times[way] += [taken] * (turn > 0)
-    encoding = median(
-        seconds(partial(model.encode_latents, targets), device) for _ in range(args.repeats)
-    )
+    k = args.noises_per_sample
+    several = f"{KEPT}, {k} noise levels"
+    ways = {PLAIN: partial(step, sharing(model, Plain)), OURS: partial(step, model)}
+    ways |= {KEPT: partial(step, kept), several: partial(step, kept, k)}
+    encode = {"VAE": partial(model.encode_latents, targets)}
+    times = seconds_of(ways | encode, args.repeats, device)
+    times[several] = [t / k for t in times[several]]
+    encoding = median(times["VAE"])
 
-    tokens = inputs["input_ids"].shape[1]
-    what = "one image" if with_image else "text"
-    print(f"\n{what}, {tokens} prompt tokens, batch {args.batch_size}; VAE's part {encoding:.3f} s")
+    what = f"{'one image' if with_image else 'text'}, {inputs['input_ids'].shape[1]} prompt tokens"
+    print(f"\n{what}, batch {args.batch_size}; the VAE encodes in {encoding:.3f} s")
     full = {}
-    for way in ways:
-        encoded = encoding * (way in (PLAIN, OURS))  # the VAE has all its layers
-        full[way] = encoded + (median(times[way]) - encoded) / share
+    for way, run in ways.items():
         ratios = sorted(p / t for p, t in zip(times[PLAIN], times[way], strict=True))
         row = f"{median(ratios):5.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})  {way:<34}"
         row += f"{median(times[way]):8.3f} s"
-        if share < 1:
+        if share < 1:  # the VAE has all its layers
+            encoded = encoding * (way in (PLAIN, OURS))
+            full[way] = encoded + (median(times[way]) - encoded) / share
             row += f"; with all layers about {full[PLAIN] / full[way]:.2f}, {full[way]:.1f} s"
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-            row += f", {host_syncs(partial(step, way))} syncs"
+            row += f", {host_syncs(run)} syncs"
             row += f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
-            peaks = [x for name, x in PEAK_FLOPS.items() if name in torch.cuda.get_device_name()]
-            if peaks and way != f"{KEPT}, {k} noise levels":
-                needed = needed_flops(model, inputs, targets)
-                row += f", {needed / median(times[way]) / peaks[0]:.1%} of peak"
+            for name, flops in PEAK_FLOPS.items():
+                if name in torch.cuda.get_device_name(device) and way != several:
+                    used = needed_flops(model, inputs, targets) / median(times[way])
+                    row += f", {used / flops:.1%} of {name}'s peak"
         print(row, flush=True)
-    print(f"largest costs of ours, latents kept: {largest_costs(partial(step, KEPT), device)}")
+    print(f"largest costs of ours, latents kept: {largest_costs(ways[KEPT], device)}")
 
 
 def print_image(model, args, device, dtype):
@@ -256,14 +225,20 @@ def print_image(model, args, device, dtype):
             width=model.resolution, use_resolution_binning=False,
         ),
     }  # fmt: skip
-    times = {name: [] for name in runs}
-    for turn in range(args.repeats + 1):
-        for name, run in runs.items():
-            times[name] += [seconds(run, device)] * (turn > 0)
+    times = seconds_of(runs, args.repeats, device)
     ours, encoding, theirs = (median(times[name]) for name in runs)
-    print(f"\nan image of {model.resolution} px in {args.steps} steps: {ours:.3f} s, of which")
-    print(f"encoding the prompts {encoding:.3f} s; diffusers' SanaPipeline, given the encoded")
-    print(f"prompts, {theirs:.3f} s; the rest of ours over it: {(ours - encoding) / theirs:.2f}")
+    print(
+        f"\nan image of {model.resolution} px, {args.steps} steps: {ours:.3f} s, with {encoding:.3f} s"
+    )
+    print(f"of reading the prompts; SanaPipeline, given them read: {theirs:.3f} s,", end=" ")
+    print(f"{(ours - encoding) / theirs:.2f} times which is the rest of ours")
+
+
+def processor_name():
+    """The name of the CPU, for example "AMD EPYC"."""
+    if not Path("/proc/cpuinfo").exists():
+        return platform.processor()
+    return Path("/proc/cpuinfo").read_text().split("model name")[1].split("\n")[0].strip("\t: ")
 
 
 def main():
@@ -287,17 +262,11 @@ def main():
         device = device_of(args.device)
         dtype, reason = choose_dtype(device, args.dtype)
         model, share = random_model(args.size, args.layers, device, dtype)
-        name = platform.processor() or platform.machine()
+        name = f"{processor_name()}, {torch.get_num_threads()} threads"
         if device.type == "cuda":
             name = torch.cuda.get_device_name(device)
-        elif Path("/proc/cpuinfo").exists():
-            lines = Path("/proc/cpuinfo").read_text().splitlines()
-            name = next(line.split(": ")[1] for line in lines if line.startswith("model name"))
-        print(
-            f"{args.size}, {share:.0%} of the layers, on {name}, {torch.get_num_threads()} threads"
-        )
-        versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}"
-        print(f"{str(dtype).removeprefix('torch.')} ({reason}), {versions}")
+        print(f"{args.size}, {share:.0%} of the layers, on {name}")
+        print(f"{dtype} ({reason}), version {torch.__version__} of torch")
         for with_image in (False, True):
             print_steps(model, share, with_image, args, device, dtype)
         print_image(model, args, device, dtype)
