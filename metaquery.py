@@ -487,9 +487,9 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
     def encode_prompts(self, prompts, images=None, size=None):
         """The condition for the diffusion model: cond (B, L, c), and None.
 
-        prompts: B strings; images: as for `image_lists`; size: of the output. L is N. For condition_on
-        "last_layer", L is the prompts' length T, and the mask (B, T) is second; for
-        SD3-type models the pooled condition (B, p) is."""
+        prompts: B strings; images: as for `image_lists`; size: (height, width) of the
+        image to generate. L is N. For condition_on "last_layer", L is the prompts' length
+        T, and the mask (B, T) is second; for SD3-type models the pooled condition is."""
         if isinstance(prompts, str):
             prompts = [prompts]
         return self.encode_inputs(self.format(prompts, images, size=size))
