@@ -10,6 +10,7 @@ is non-commercial; Sana's are NVIDIA's; UniPic2 is MIT, on SD3.5's community lic
 import json
 import shutil
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,26 +28,29 @@ from transformers.models.siglip.modeling_siglip import SiglipEncoder
 import metaquery
 from metaquery import SYSTEM_PROMPT, InputError, MetaQuery, MetaQueryConfig, PromptFormat
 
-OPENUNI = "wusize/openuni"
+SANA = "Efficient-Large-Model/"
 SANA_VAE = "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers"  # not the one in Sana's folder
-OPENUNI_LICENCES = "OpenUni states none (code: S-Lab, non-commercial), Sana: NVIDIA's"
-UNIPIC2_LICENCES = "UniPic2: MIT, SD3.5: Stability's community licence, Qwen: Apache 2.0"
-LONGEST_TEXT = 4096  # tokens; these models were not trained with a limit of MetaQuery's
+LICENCES = {"openuni": "OpenUni states none (code: non-commercial), Sana: NVIDIA's",
+            "unipic2": "UniPic2: MIT, SD3.5: Stability's community licence"}  # fmt: skip
+LONGEST_TEXT = 4096  # tokens: the families have no limit of their own
 
-# size: (file, MLLM, diffusion model, GB of the file fine-tuned, pre-trained, and of all parts)
+# name: (file in wusize/openuni, MLLM, diffusion model)
 SIZES = {
-    "openuni-b-512": ("openuni_b_internvl3_1b_sana_0_6b_512_hf", "OpenGVLab/InternVL3-1B-hf",
-                      "Efficient-Large-Model/Sana_600M_512px_diffusers", 1.29, 0.11, 3.1),
-    "openuni-l-512": ("openuni_l_internvl3_2b_sana_1_6b_512_hf", "OpenGVLab/InternVL3-2B-hf",
-                      "Efficient-Large-Model/Sana_1600M_512px_diffusers", 3.66, 0.45, 5.5),
-    "openuni-l-1024": ("openuni_l_internvl3_2b_sana_1_6b_1024_hf", "OpenGVLab/InternVL3-2B-hf",
-                       "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers", 3.66, 0.45, 5.5),
+    "openuni-b-512": ("openuni_b_internvl3_1b_sana_0_6b_512_hf",
+                      "OpenGVLab/InternVL3-1B-hf", SANA + "Sana_600M_512px_diffusers"),
+    "openuni-l-512": ("openuni_l_internvl3_2b_sana_1_6b_512_hf",
+                      "OpenGVLab/InternVL3-2B-hf", SANA + "Sana_1600M_512px_diffusers"),
+    "openuni-l-1024": ("openuni_l_internvl3_2b_sana_1_6b_1024_hf",
+                       "OpenGVLab/InternVL3-2B-hf", SANA + "SANA1.5_1.6B_1024px_diffusers"),
 }  # fmt: skip
-SANA_GB = {"openuni-b-512": 1.2, "openuni-l-512": 3.2, "openuni-l-1024": 3.2}
 UNIPIC2 = {"unipic2": "Skywork/UniPic2-Metaquery-9B",
            "unipic2-grpo": "Skywork/UniPic2-Metaquery-GRPO-9B"}  # fmt: skip
 QWEN = "Qwen/Qwen2.5-VL-7B-Instruct"
-NAMES = [*SIZES, *(f"{size}-pretrained" for size in SIZES), *UNIPIC2]
+# What is fetched of each, in GB: of Sana the transformer alone, not its text encoder.
+GIGABYTES = {"OpenGVLab/InternVL3-1B-hf": 1.88, "OpenGVLab/InternVL3-2B-hf": 4.2,
+             SIZES["openuni-b-512"][2]: 2.4, SIZES["openuni-l-512"][2]: 6.4,
+             SIZES["openuni-l-1024"][2]: 6.4, SANA_VAE: 1.25, QWEN: 16.6}  # fmt: skip
+FILE_GB = {("b", True): 1.29, ("b", False): 0.11, ("l", True): 3.66, ("l", False): 0.45}
 
 
 @dataclass
@@ -257,70 +261,93 @@ class UniPic2(Public):
 
 # ---- Files ---------------------------------------------------------------------------
 RENAMED = {"meta_queries": "queries", "transformer": "diffusion"}
-DEFAULTS = {  # how they generate; one branch of guidance without the text, images in both
-    "openuni": {"num_inference_steps": 20, "guidance_scale": 4.5, "image_guidance_scale": 1.0},
-    "unipic2": {"num_inference_steps": 50, "guidance_scale": 3.5, "image_guidance_scale": 1.0,
-                "height": 512, "width": 384},
+DEFAULTS = {  # how they generate; the images are in both branches of guidance
+    "openuni": {"num_inference_steps": 20, "guidance_scale": 4.5,
+                "image_guidance_scale": 1.0},
+    "unipic2": {"num_inference_steps": 50, "guidance_scale": 3.5,
+                "image_guidance_scale": 1.0, "height": 512, "width": 384},
 }  # fmt: skip
+FAMILIES = {"openuni": OpenUni, "unipic2": UniPic2}
 
 
-def renamed(state):
-    """A file's weights by MetaQuery's names."""
-    result = {}
-    for name, x in state.items():
-        first, _, rest = name.partition(".")
-        head = RENAMED.get(first, f"connector.{first}")
-        result[f"{head}.{rest}" if rest else head] = x
-    return result
+def read_weights(path):
+    """The weights in a .pth file or in safetensors files of a folder, by MetaQuery's names.
 
-
-def read_pth(path):
-    """The weights in an OpenUni file; raises InputError. Code in it is never run."""
+    Raises InputError. Code in a .pth is never run."""
+    state = {}
     try:
-        return renamed(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-    except Exception as error:  # torch raises many kinds
+        files = [path]
+        if Path(path).is_dir():
+            files = sorted(Path(path).glob("*.safetensors"))
+        for file in files:
+            if str(file).endswith(".safetensors"):
+                found = load_file(file)
+            else:
+                found = torch.load(file, "cpu", weights_only=True, mmap=True)
+            for name, x in found.items():
+                first, _, rest = name.partition(".")
+                first = RENAMED.get(first, f"connector.{first}")
+                state[f"{first}.{rest}".rstrip(".")] = x
+    except Exception as error:  # a corrupt file may raise any
         reason = (str(error).strip() or repr(error)).splitlines()[0][:120]
-        fix = "download it again, or give a file of OpenUni"
+        fix = "download it again, or give another file"
         raise InputError(f"cannot read {path}, tensors only ({reason}): {fix}.") from None
+    return state
 
 
-def read_folder(folder):
-    """The queries and connector in a folder of UniPic2's layout; raises InputError."""
-    files = sorted(Path(folder, "conditioner").glob("*.safetensors"))
-    with metaquery.loading(f"{folder}/conditioner", "--checkpoint"):
-        if not files:
-            raise InputError(f"{folder}/conditioner has no .safetensors: download it again.")
-        return renamed({name: x for file in files for name, x in load_file(file).items()})
+def shape_of(state, source):
+    """Fields of the config that a file's weights tell; raises InputError."""
+    try:
+        start = "connector.connector.layers."
+        layers = {name.split(".")[3] for name in state if name.startswith(start)}
+        mlp, width = state[f"{start}0.mlp.fc1.weight"].shape
+        return {"num_queries": len(state["queries"]), "connector_layers": len(layers),
+                "connector_width": width, "connector_mlp": mlp}  # fmt: skip
+    except (KeyError, ValueError, AttributeError, TypeError):
+        fix = "give a file of OpenUni, or a folder of UniPic2"
+        raise InputError(f"{source} holds another model: {fix}.") from None
 
 
-def fetch(repo, file, gigabytes, licences):
-    """A file, or UniPic2's four folders, of the hub: its path here.
+def is_local(name, file):
+    """Whether a folder, or a file of a hub id, is here already."""
+    if Path(name).exists() or str(name).count("/") != 1:
+        return True
+    return isinstance(try_to_load_from_cache(name, file), str)
 
-    Says what it is before it downloads; raises InputError without network or space."""
-    probe = file or "conditioner/config.json"
-    if not isinstance(try_to_load_from_cache(repo, probe), str) and not constants.HF_HUB_OFFLINE:
-        cache = Path(constants.HF_HUB_CACHE).absolute()
-        while not cache.exists():
-            cache = cache.parent
-        free = shutil.disk_usage(cache).free / 1e9
-        total = f"{gigabytes:.1f} GB with the parts it needs"
-        if free < gigabytes:
-            fix = "free some, or set HF_HOME to another disk"
-            raise InputError(f"{repo} takes {total}, {cache} has {free:.1f} GB: {fix}.")
-        print(f"downloading {repo} {file}: {total}. Licences: {licences}", file=sys.stderr)
+
+def announce(parts, family):
+    """Print what will be downloaded. Raises InputError if the disk is too small for it.
+
+    parts: (hub id or folder, a file of it, GB) of each."""
+    parts = [(name, size) for name, file, size in parts if not is_local(name, file)]
+    if not parts or constants.HF_HUB_OFFLINE:
+        return
+    cache = Path(constants.HF_HUB_CACHE).absolute()
+    cache = next(path for path in (cache, *cache.parents) if path.exists())
+    free = shutil.disk_usage(cache).free / 1e9
+    total = sum(size for _, size in parts)
+    if free < total:
+        reason = f"{total:.1f} GB to download, {free:.1f} GB free in {cache}"
+        raise InputError(f"{reason}: free some, or set HF_HOME to another disk.")
+    names = ", ".join(name for name, _ in parts)
+    licences = LICENCES[family]
+    print(f"downloading {names}: {total:.1f} GB. Licences: {licences}.", file=sys.stderr)
+
+
+def fetch(repo, file=""):
+    """A file of the hub, or the folders of UniPic2: its path here. Raises InputError."""
+    folders = ("transformer", "vae", "conditioner", "scheduler")
     try:
         if file:
             return hf_hub_download(repo, file)
-        folders = ["transformer/*", "vae/*", "conditioner/*", "scheduler/*"]
-        path = snapshot_download(repo, allow_patterns=folders)
-        if not Path(path, "conditioner").is_dir():
-            raise OSError("it holds no folder conditioner")
-        return path
+        patterns = [f"{folder}/*" for folder in folders]
+        return snapshot_download(repo, allow_patterns=patterns)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0][:160]
-        place = file or "the folders transformer, vae, conditioner, scheduler"
-        fix = f"place {place} of huggingface.co/{repo} here and give --checkpoint its path"
-        raise InputError(f"cannot download {repo} ({reason}): go online, or {fix}.") from None
+        files = file or "the folders " + ", ".join(folders)
+        fix = f"go online, or get {files} from huggingface.co/{repo} and give their place"
+        fix += " as --checkpoint, and folders as --mllm, --diffusion and --vae"
+        raise InputError(f"cannot download {repo} ({reason}): {fix}.") from None
 
 
 def load(
@@ -332,92 +359,90 @@ def load(
     weights: the files of a public name, here. mllm, diffusion, vae: hub ids or folders;
     None: the checkpoint's. round_rotary: OpenUni's MLLM was trained and is run with its
     rotary frequencies rounded to bfloat16. picture_positions: how UniPic2 counts the
-    tokens of an image. changes: fields of the config."""
+    tokens of an image, "1d" as its published script, or "3d" as Qwen2.5-VL. changes:
+    fields of the config."""
     name = str(name)
     parts = {"mllm": mllm, "diffusion": diffusion, "vae": vae}
     changes |= {part: str(place) for part, place in parts.items() if place}
-    own = {"round_rotary": round_rotary, "picture_positions": picture_positions}
-    size = name.removesuffix("-pretrained")
-    if size in SIZES or name.endswith(".pth"):
-        return load_openuni(name, size, dtype, weights, changes | own)
+    names = {"round_rotary": round_rotary, "picture_positions": picture_positions}
+    if name.removesuffix("-pretrained") in SIZES or name.endswith(".pth"):
+        return load_openuni(name, dtype, weights, changes | names)
     if name in UNIPIC2 or Path(name, "conditioner").is_dir():
-        return load_unipic2(name, dtype, weights, changes | own)
+        return load_unipic2(name, dtype, weights, changes | names)
 
-    folder = metaquery.find_checkpoint(name)
-    family = ""
-    try:
-        family = json.loads((folder / "config.json").read_text(encoding="utf-8"))["family"]
-    except (OSError, ValueError, KeyError, TypeError):
-        if Path(folder, "conditioner").is_dir():  # a hub id of UniPic2's layout
-            return load_unipic2(str(folder), dtype, weights, changes | own)
+    family, folder = "", metaquery.find_checkpoint(name)
+    with suppress(OSError, ValueError, AttributeError):
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        family = values.get("family", "")
+    if Path(folder, "conditioner").is_dir():  # a hub id of UniPic2's layout
+        return load_unipic2(str(folder), dtype, weights, changes | names)
     if family not in FAMILIES:
         return MetaQuery.from_pretrained(folder, dtype, **changes)
 
     config, state, settings = metaquery.read_checkpoint(folder, changes, PublicConfig)
     if config.weights and not any(key.startswith("diffusion.") for key in state):
-        saved = read_pth(config.weights)
-        state |= {key: x for key, x in saved.items() if key.startswith("diffusion.")}
-    return finished(FAMILIES[family], config, state, folder, dtype, settings)
+        state = read_weights(config.weights) | state
+    return assemble(config, state, folder, dtype, settings)
 
 
-def load_openuni(name, size, dtype, weights, changes):
-    if weights is None and name.endswith(".pth"):
-        weights = name
-    if weights is None:
-        file, _, _, tuned, pretrained, parts = SIZES[size]
-        is_tuned = name == size
-        file += "_blip3o60k.pth" if is_tuned else "_text2image23m.pth"
-        total = parts + (tuned if is_tuned else pretrained + SANA_GB[size])
-        weights = fetch(OPENUNI, file, total, OPENUNI_LICENCES)
-    elif not Path(weights).exists() and len(Path(weights).parts) == 3:  # of a hub id
-        owner, repo, file = Path(weights).parts
-        weights = fetch(f"{owner}/{repo}", file, 0, OPENUNI_LICENCES)
-    state = read_pth(weights)
-    config = {"family": "openuni", "vae": SANA_VAE} | shape_of(state, weights)
+def load_openuni(name, dtype, weights, changes):
+    """OpenUni by a public name, a local .pth, or OWNER/REPO/FILE.pth of the hub."""
+    size = name.removesuffix("-pretrained")
     if size not in SIZES:
+        weights = weights or name
         size = "openuni-b-512"
-        if state["queries"].shape[1] != 896:
-            size = "openuni-l-1024" if "1024" in Path(weights).name else "openuni-l-512"
-    config |= {"mllm": SIZES[size][1], "diffusion": SIZES[size][2]}
+        if "_l_" in name:
+            size = "openuni-l-1024" if "1024" in name else "openuni-l-512"
+    is_tuned = "pretrained" not in name and "text2image23m" not in name
+    repo, file = "wusize/openuni", f"{SIZES[size][0]}_text2image23m.pth"
+    if is_tuned:
+        file = f"{SIZES[size][0]}_blip3o60k.pth"
+    if weights and not Path(weights).exists() and str(weights).count("/") == 2:
+        repo, file = str(weights).rsplit("/", 1)
+        weights = None
+
+    config = {"family": "openuni", "vae": SANA_VAE}
+    config |= {"mllm": SIZES[size][1], "diffusion": SIZES[size][2]} | changes
+    needed = [(config[part], "config.json", GIGABYTES.get(config[part], 0))
+              for part in ("mllm", "vae")]  # fmt: skip
+    if not is_tuned:  # a fine-tuned file holds the transformer
+        place = config["diffusion"]
+        needed.append((place, "transformer/config.json", GIGABYTES.get(place, 0)))
+    if weights is None:
+        needed.append((repo, file, FILE_GB[size.split("-")[1], is_tuned]))
+    announce(needed, "openuni")
+
+    weights = weights or fetch(repo, file)
+    state = read_weights(weights)
     if any(key.startswith("diffusion.") for key in state):
         config["weights"] = str(Path(weights).absolute())
-    config = PublicConfig(**(config | changes))
-    return finished(OpenUni, config, state, weights, dtype, DEFAULTS["openuni"])
+    config = PublicConfig(**(shape_of(state, weights) | config))
+    return assemble(config, state, weights, dtype, DEFAULTS["openuni"])
 
 
 def load_unipic2(name, dtype, weights, changes):
+    """UniPic2 by a public name or a folder of its layout."""
     folder = weights
     if folder is None and Path(name).is_dir():
         folder = name
+    config = {"family": "unipic2", "mllm": QWEN} | changes
+    needed = [(config["mllm"], "config.json", GIGABYTES.get(config["mllm"], 0))]
     if folder is None:
-        folder = fetch(UNIPIC2[name], "", 6.9 + 16.6, UNIPIC2_LICENCES)
-    state = read_folder(folder)
-    config = {"family": "unipic2", "mllm": QWEN, "diffusion": str(folder)}
-    config = PublicConfig(**(config | shape_of(state, folder) | changes))
-    return finished(UniPic2, config, state, folder, dtype, DEFAULTS["unipic2"])
+        needed.append((UNIPIC2[name], "conditioner/config.json", 6.9))
+    announce(needed, "unipic2")
+
+    folder = folder or fetch(UNIPIC2[name])
+    state = read_weights(Path(folder, "conditioner"))
+    config = shape_of(state, folder) | {"diffusion": str(folder)} | config
+    return assemble(PublicConfig(**config), state, folder, dtype, DEFAULTS["unipic2"])
 
 
-def shape_of(state, source):
-    """Fields of the config that a file's own weights tell; raises InputError."""
-    layer = "connector.connector.layers"
-    try:
-        layers = {key.split(".")[3] for key in state if key.startswith(f"{layer}.")}
-        mlp, width = state[f"{layer}.0.mlp.fc1.weight"].shape
-        return {"num_queries": len(state["queries"]), "connector_layers": len(layers),
-                "connector_width": width, "connector_mlp": mlp}  # fmt: skip
-    except (KeyError, ValueError, IndexError):
-        fix = "give a file of OpenUni, or a folder of UniPic2"
-        raise InputError(f"{source} holds another model: {fix}.") from None
-
-
-def finished(family, config, state, source, dtype, settings):
-    model = family.from_state(config, state, source, dtype)
-    model.generation_config |= settings
+def assemble(config, state, source, dtype, generation_config):
+    """The model of a config, of its family."""
+    model = FAMILIES[config.family].from_state(config, state, source, dtype)
+    model.generation_config |= generation_config
     if config.family == "openuni" and config.round_rotary:
         for name, buffer in model.mllm.named_buffers():
-            if name.endswith("inv_freq"):
+            if name.endswith("inv_freq"):  # rounded, it stays in float32
                 buffer.copy_(buffer.bfloat16())
     return model.eval()
-
-
-FAMILIES = {"openuni": OpenUni, "unipic2": UniPic2}
