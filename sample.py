@@ -208,8 +208,10 @@ def generate(model, rows, args, seeds=None, num_images=None, negative=None,
         for seed in seeds[part]:
             generators += [torch.Generator(model.queries.device).manual_seed(seed)] * n
         batch = model.generate(
-            prompts, images, negative[part], args.steps, args.guidance,
-            args.image_guidance, n, args.height, args.width, generators, callback,
+            prompts, list(images), negative_prompt=negative[part],
+            num_inference_steps=args.steps, guidance_scale=args.guidance,
+            image_guidance_scale=args.image_guidance, num_images_per_prompt=n,
+            height=args.height, width=args.width, generator=generators, callback=callback,
         )  # fmt: skip
         results += [batch[i : i + n] for i in range(0, len(batch), n)]
     return results
