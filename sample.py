@@ -258,9 +258,10 @@ def parse_arguments():
     if single == (args.prompts is not None):
         cli.fail('give a prompt or --image, or else --prompts FILE (see "--help").')
     args.prompt = args.prompt or ""
-    idle = ["out", "rewrite", "negative_prompt", "guidance", "image_guidance", "steps"]
-    idle += ["seed", "height", "width", "num_images", "batch_size"]
-    for name in idle:
+
+    generating = ["out", "rewrite", "negative_prompt", "guidance", "image_guidance"]
+    generating += ["steps", "seed", "height", "width", "num_images", "batch_size"]
+    for name in generating:
         if args.ask and getattr(args, name) != parser.get_default(name):
             flag = name.replace("_", "-")
             cli.fail(f"--{flag} has no effect with --ask: leave it out.")
@@ -336,6 +337,7 @@ def generate_jobs(model, jobs, args):
                 job.error = str(error)
         if not ready:
             continue
+
         good, rows, notes = zip(*ready, strict=True)
         seeds = [job.seed for job in good]
         negative = [job.negative_prompt for job in good]
