@@ -28,6 +28,8 @@ ARGS = {
     "num_images": 1,
     "seed": 0,
     "batch_size": 8,
+    "height": None,
+    "width": None,
 }
 
 

@@ -43,7 +43,7 @@ Language model (smollm2/): SmolLM2-135M-Instruct by Hugging Face. License: Apach
 
 
 def check_packages():
-    """Raise InputError if a package that flags, facts or the language model come from is missing."""
+    """Raise InputError if a package of flags, facts or the language model is missing."""
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
         raise InputError(
@@ -76,7 +76,7 @@ def write_rows(path, rows):
 
 
 def write_flags(out, seed=0):
-    """Write images, prompts, sheet.png and LICENSE.txt; the seed says which countries are held out."""
+    """Write images, prompts, sheet.png and LICENSE.txt. The seed chooses who is held out."""
     facts = read_facts()
     splits = make_prompts(facts, seed)
     (out / "train").mkdir(parents=True, exist_ok=True)
