@@ -51,6 +51,8 @@ IMAGE = {"bytes": Value("large_binary"), "path": Value("string")}
 FEATURES = Features(name=Value("string"), error=Value("string"), text=Value("string"),
                     target=IMAGE, sources=List(IMAGE))  # fmt: skip
 
+EMPTY = {"text": "", "target": {}, "sources": []}
+
 
 # ---- Which files -----------------------------------------------------------------------------
 
@@ -396,7 +398,7 @@ class Source:
 
     def standardize(self, name, raw):
         """A row of FEATURES; its "error" says why it cannot be used."""
-        row = {"name": name, "error": "", "text": "", "target": {}, "sources": []}
+        row = {"name": name, "error": ""} | EMPTY
         try:
             if isinstance(raw, Exception):
                 raise raw

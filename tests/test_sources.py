@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data.batches import Collate, Row, Streamed, ToyTasks, deal, open_batches, resume_place, turn
+from data.batches import Collate, Row, ToyTasks, open_batches
+from data.order import Streamed, deal, resume_place, turn
 from data.sources import Source
 from metaquery import InputError, to_pixels
 from toy.tasks import MIXTURES
