@@ -132,7 +132,7 @@ def test_noise_is_seeded_per_sample_and_repeats_nest():
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("world, workers", [(1, 0), (1, 3), (2, 0), (2, 2)])
+@pytest.mark.parametrize("world, workers", [(1, 0), (1, 2), (2, 1)])
 def test_resuming_is_exact(tmp_path, streaming, world, workers):
     """From any step the same batches come as without a break, also where data have moved."""
     data = save(tmp_path / "a", [7, 5, 6, 8, 3])
@@ -148,7 +148,7 @@ def test_resuming_is_exact(tmp_path, streaming, world, workers):
         assert len(again.take(1)) == 4
 
 
-@pytest.mark.parametrize("before", [(1, 0), (2, 0), (2, 2)])
+@pytest.mark.parametrize("before", [(1, 0), (2, 0), (1, 2)])
 @pytest.mark.parametrize("after", [(1, 0), (1, 2), (4, 0)])
 @pytest.mark.parametrize("sizes", [[16] * 4, [64]])
 def test_other_processes_and_workers_share_what_is_left(tmp_path, before, after, sizes):
