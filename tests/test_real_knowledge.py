@@ -1,4 +1,4 @@
-"""Flags by what a language model knows: the arms' parts, and which flag a drawing is nearest to."""
+"""Flags by what a language model knows: the shared parts, and which flag an image is nearest to."""
 
 import json
 import shutil
@@ -9,26 +9,31 @@ import torch
 from PIL import Image
 from transformers import AutoModelForCausalLM
 
-from extras.flags import __main__ as real_knowledge
-from benchmarks.flag_readout import Readout
-from extras.flags.__main__ import (
+from extras.flags import flag_parts, flag_scores
+from extras.flags.flag_parts import (
     caption_states,
     make_flags,
-    measure_flags,
     nearest,
     share_right,
     token_states,
 )
-from extras.flags.dataset import questions
-from metaquery import TINY, MetaQuery, MetaQueryConfig
+from extras.flags.flag_scores import measure_flags
+from metaquery import MetaQuery, MetaQueryConfig
 
 COLORS = {"AA": "red", "BB": "green", "CC": "blue", "DD": "blue"}  # two have the same flag
-ARGS = {"steps": 2, "guidance": 1.0, "image_guidance": 1.0, "num_images": 1, "seed": 0}
+ARGS = {
+    "steps": 2,
+    "guidance": 1.0,
+    "image_guidance": 1.0,
+    "num_images": 1,
+    "seed": 0,
+    "batch_size": 8,
+}
 
 
 @pytest.fixture(scope="module")
 def folder(parts, tmp_path_factory):
-    """What data.flags writes, of four countries, with a random language model."""
+    """What extras.flags.dataset writes, of four countries, with a random language model."""
     folder = tmp_path_factory.mktemp("flags")
     (folder / "train").mkdir()
     rows = []
@@ -57,33 +62,33 @@ def test_a_caption_is_its_tokens_and_the_end(parts):
     assert torch.equal(states[0, -1], end) and torch.equal(states[1, 0], end)
 
 
-def test_a_drawing_counts_as_the_flag_it_is_nearest_to():
+def test_an_image_counts_as_the_flag_it_is_nearest_to():
     known = torch.zeros(3, 3, 2, 2)
     known[1], known[2] = 1, 2
-    drawn = torch.full((3, 3, 2, 2), 1.4)
-    assert nearest(drawn, known)[0].tolist() == [1, 2, 0]
-    assert share_right(drawn, known) == pytest.approx(1 / 3)
-    known[2] = 1  # the same picture as the second
-    assert share_right(drawn, known) == pytest.approx(2 / 3)
+    images = torch.full((3, 3, 2, 2), 1.4)
+    assert nearest(images, known)[0].tolist() == [1, 2, 0]
+    assert share_right(images, known) == pytest.approx(1 / 3)
+    known[2] = 1  # the same image as the second
+    assert share_right(images, known) == pytest.approx(2 / 3)
 
 
 def test_shares_count_the_nearest_and_the_nearest_five(folder, monkeypatch):
-    drawn = {"AA": "red", "BB": "darkred", "CC": "blue", "DD": "navy"}
+    colors = {"AA": "red", "BB": "darkred", "CC": "blue", "DD": "navy"}
 
-    def draw(model, rows, args):
+    def generate(model, rows, args):
         codes = [prompt.split()[3].removesuffix("'s") for prompt, _ in rows]
-        return [[Image.new("RGB", (64, 64), drawn[code])] for code in codes]
+        return [[Image.new("RGB", (64, 64), colors[code])] for code in codes]
 
-    monkeypatch.setattr(real_knowledge, "draw", draw)
+    monkeypatch.setattr(flag_scores, "generate", generate)
     figures = measure_flags(None, "by capital", SimpleNamespace(limit=10), folder)
     assert figures == {"by capital": 0.75, "by capital, top 5": 1.0}  # all but BB
-    rows = real_knowledge.choose_questions(folder, "by capital", 2)
+    rows = flag_scores.choose_questions(folder, "by capital", 2)
     assert [row["file_name"] for row in rows] == ["AA.png", "CC.png"]
 
 
-def test_the_parts_are_made_once_and_draw(folder, monkeypatch):
-    monkeypatch.setattr(real_knowledge, "VAE_STEPS", 2)
-    monkeypatch.setattr(real_knowledge, "DIFFUSION_STEPS", 2)
+def test_the_parts_are_made_once_and_generate(folder, monkeypatch):
+    monkeypatch.setattr(flag_parts, "VAE_STEPS", 2)
+    monkeypatch.setattr(flag_parts, "DIFFUSION_STEPS", 2)
     make_flags(folder)
     first = (folder / "diffusion" / "model_index.json").stat().st_mtime_ns
     make_flags(folder)
@@ -96,30 +101,18 @@ def test_the_parts_are_made_once_and_draw(folder, monkeypatch):
         assert torch.equal(weight.flatten().sort()[0], shuffled[name].flatten().sort()[0])
         assert weight.unique().numel() < 2 or not torch.equal(weight, shuffled[name])
     parts = [str(folder / name) for name in ("shuffled", "diffusion")]
-    model = MetaQuery(MetaQueryConfig(*parts, num_queries=2, connector_layers=1)).eval()
+    config = MetaQueryConfig(*parts, num_queries=2, connector_layers=1)
+    model = MetaQuery.from_config(config).eval()
     figures = measure_flags(
         model, "by capital", SimpleNamespace(**ARGS, limit=4, negative_prompt=""), folder
     )
     assert set(figures) == {"by capital", "by capital, top 5"}
     asked = {"by name": ("trained", "name"), "by capital": ("held-out", "capital")}
-    monkeypatch.setattr(real_knowledge, "MEASURES", asked)
-    read = real_knowledge.read_conditions(model, SimpleNamespace(limit=4), folder)
+    monkeypatch.setattr(flag_scores, "METRICS", asked)
+    read = flag_scores.read_conditions(model, SimpleNamespace(limit=4), folder)
     assert list(read) == list(asked) and read["by name"] > 0.25
-    cases, pictures, right = real_knowledge.cases_of(
+    cases, images, right = flag_scores.cases_of(
         model, folder, SimpleNamespace(**ARGS, limit=2, negative_prompt="")
     )
     assert [case["country"] for case in cases] == ["red", "green"] and len(cases[0]["nearest"]) == 4
-    assert pictures[0].size == right[0].size == (64, 64)
-
-
-@pytest.mark.parametrize("condition_on", ["queries", "last_layer"])
-def test_a_readout_names_what_it_was_trained_on(folder, condition_on):
-    torch.manual_seed(0)
-    parts = [str(folder / "smollm2"), str(TINY / "diffusion")]
-    sizes = {"num_queries": 2, "connector_layers": 1, "condition_on": condition_on}
-    readout = Readout(MetaQueryConfig(*parts, **sizes), list(COLORS))
-    args = SimpleNamespace(steps=300, batch_size=8, limit=4)
-    before = readout.measure(folder, "by name", args)
-    readout.train(questions(folder, "trained"), args, seed=0)
-    assert before["by name"] < 1
-    assert readout.measure(folder, "by name", args) == {"by name": 1.0, "by name, top 5": 1.0}
+    assert images[0].size == right[0].size == (64, 64)

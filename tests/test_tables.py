@@ -1,4 +1,4 @@
-"""The paper's tables in small: what their arms share, what is measured, and how they resume."""
+"""The paper's tables in small: what their variants share, what is measured, how they resume."""
 
 import json
 import random
@@ -8,22 +8,23 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import check_refused, run
 
-from benchmarks import arms, measures, tables
-from extras.tables.variants import Arm
+from extras.tables import __main__ as tables
+from extras.tables import metrics, variants
+from extras.tables.claims import INSTRUCT, TABLES, Table
 from extras.tables.metrics import MAKERS, measure, other_prompt, save_figure
-from extras.tables.__main__ import INSTRUCT, TABLES, Table
+from extras.tables.variants import Variant
+from metaquery import TINY
 from toy.scene import Pair, place_objects, render, score
 from toy.tasks import task
 
+pytestmark = pytest.mark.usefixtures("handlers_restored")
 SMALL = ["--steps", "2", "--batch-size", "2", "--limit", "2", "--jobs", "1"]
 
 
 def make_table(name, work, monkeypatch, *flags):
     """Run the command in this process; returns what it wrote."""
     command = ["tables", name, "--work", str(work / "runs"), "--out", str(work), *SMALL, *flags]
-    monkeypatch.setattr(tables, "begin", lambda parser: None)  # keep pytest's own signal handlers
     monkeypatch.setattr(sys, "argv", command)
     tables.main()
     return json.loads((work / f"{name}.json").read_text())
@@ -32,29 +33,20 @@ def make_table(name, work, monkeypatch, *flags):
 def recorded_trainings(name, work, monkeypatch):
     """The flags of each training of a table, in their order; nothing is trained."""
     commands = []
-    monkeypatch.setattr(arms, "run", lambda command, log: commands.append(command[1:]))
-    args = {
-        "work": work,
-        "out": work,
-        "steps": 20,
-        "batch_size": 4,
-        "lr": 1e-3,
-        "limit": 2,
-        "seeds": 2,
-    }
-    args = SimpleNamespace(**args, jobs=1)
+    monkeypatch.setattr(variants, "run", lambda command, log: commands.append(command[1:]))
+    args = {"steps": 20, "batch_size": 4, "lr": 1e-3, "limit": 2, "seeds": 2, "jobs": 1}
     for part in tables.PARTS:
         monkeypatch.setitem(tables.PARTS, part, lambda folder: None)
-    tables.train_all(TABLES[name], args)
+    tables.train_all(TABLES[name], SimpleNamespace(work=work, **args))
     return [dict(zip(flags[::2], flags[1::2], strict=True)) for flags in commands]
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_arms_differ_in_their_own_fields_alone(name, tmp_path, monkeypatch):
+def test_variants_differ_in_their_own_fields_alone(name, tmp_path, monkeypatch):
     trainings = recorded_trainings(name, tmp_path, monkeypatch)
     own = {"--out", "--checkpoint", "--stage"}
-    for arm in TABLES[name].arms.values():
-        own |= {f"--{field.replace('_', '-')}" for field in arm.config | arm.run}
+    for variant in TABLES[name].variants.values():
+        own |= {f"--{field.replace('_', '-')}" for field in variant.config | variant.run}
     for seed in (0, 1):
         of_seed = [flags for flags in trainings if flags["--seed"] == seed]
         assert len({str(flags["--out"]) for flags in of_seed}) == len(of_seed), "each once"
@@ -63,7 +55,7 @@ def test_arms_differ_in_their_own_fields_alone(name, tmp_path, monkeypatch):
         assert all("--data" not in flags for flags in of_seed) or name == "flags"
 
 
-def test_a_second_stage_starts_from_the_first_of_the_same_arm(tmp_path, monkeypatch):
+def test_a_second_stage_starts_from_the_first_of_the_same_variant(tmp_path, monkeypatch):
     trainings = recorded_trainings("T5", tmp_path, monkeypatch)
     first = {flags["--out"]: flags for flags in trainings if flags["--stage"] == "pretrain"}
     second = [flags for flags in trainings if flags["--stage"] == "instruct"]
@@ -76,98 +68,91 @@ def test_a_second_stage_starts_from_the_first_of_the_same_arm(tmp_path, monkeypa
         }
 
 
-def test_tables_share_the_training_of_an_arm(tmp_path):
+def test_tables_share_the_training_of_a_variant(tmp_path):
     args = SimpleNamespace(work=tmp_path, steps=20, batch_size=4, lr=1e-3)
-    same = [TABLES["knowledge"].arms["queries"], TABLES["T1"].arms["N = 16"]]
-    same += [TABLES["F2"].arms["N = 16"], TABLES["T3"].arms["enc-proj, 3"]]
-    assert len({arms.folder_of(arm, 0, args) for arm in same}) == 1
-    others = [arm._replace(stages=INSTRUCT) for arm in same]
-    assert len({arms.folder_of(arm, 0, args) for arm in same + others}) == 2
+    same = [TABLES["knowledge"].variants["queries"], TABLES["T1"].variants["N = 16"]]
+    same += [TABLES["F2"].variants["N = 16"], TABLES["T3"].variants["enc-proj, 3"]]
+    assert len({variants.folder_of(variant, 0, args) for variant in same}) == 1
+    others = [variant._replace(stages=INSTRUCT) for variant in same]
+    assert len({variants.folder_of(variant, 0, args) for variant in same + others}) == 2
 
 
 def test_a_stopped_table_resumes_with_the_same_figures(tmp_path, monkeypatch, capsys):
-    two = {"queries": Arm({"num_queries": 4}, ("reconstruct",)), "random": Arm({}, ("pretrain",))}
+    two = {
+        "queries": Variant({"num_queries": 4}, ("reconstruct",)),
+        "random": Variant({"condition_on": "random"}),
+    }
     monkeypatch.setitem(TABLES, "T1", Table("a claim", two, ("reconstruction", "five")))
-    made = make_table("T1", tmp_path, monkeypatch, "--seeds", "1")
-    assert set(made["arms"]) == set(two) and made["seeds"] == [0]
-    assert made["made on"] == [arms.made_on(arms.device_of(""))], "one machine made it all"
-    losses = [arm["figures"]["training loss"][0] for arm in made["arms"].values()]
-    assert losses[0] != losses[1] and made["arms"]["queries"]["mean"]["PSNR in dB"] > 0
-    # As if it had been stopped while it trained the second arm and scored the first.
-    args = SimpleNamespace(work=tmp_path / "runs", out=tmp_path, steps=2, batch_size=2, limit=2)
-    args.lr = 3e-4
-    first, second = [arms.folder_of(arm, 0, args) for arm in two.values()]
-    scores, others = [arms.scores_of(arm, 0, args) for arm in two.values()]
-    kept = json.loads(scores.read_text())
-    shutil.rmtree(second)
-    others.unlink()
-    scores.write_text(json.dumps({name: kept[name] for name in ("five", "training")}))
-    trained = (first / "model.safetensors").stat().st_mtime_ns
-    again = make_table("T1", tmp_path, monkeypatch, "--seeds", "1")
-    for arm in (*made["arms"].values(), *again["arms"].values()):
+    first = make_table("T1", tmp_path, monkeypatch, "--seeds", "1")
+    assert set(first["variants"]) == set(two) and first["seeds"] == [0]
+    assert len(first["made on"]) == 1, "one machine made it all"
+    losses = [v["figures"]["training loss"][0] for v in first["variants"].values()]
+    assert losses[0] != losses[1]
+    assert first["variants"]["queries"]["mean"]["PSNR in dB"] > 0
+
+    # As if it had been stopped while it trained the second variant and scored the first.
+    args = SimpleNamespace(work=tmp_path / "runs", steps=2, batch_size=2, limit=2, lr=3e-4)
+    queries, randoms = [variants.folder_of(variant, 0, args) for variant in two.values()]
+    path = queries / "scores-2.json"
+    scores = json.loads(path.read_text())
+    shutil.rmtree(randoms)
+    path.write_text(json.dumps({name: scores[name] for name in ("five", "training")}))
+    trained = (queries / "latest").stat().st_mtime_ns
+
+    second = make_table("T1", tmp_path, monkeypatch, "--seeds", "1")
+    for variant in (*first["variants"].values(), *second["variants"].values()):
         for part in ("figures", "mean", "spread"):
-            arm[part].pop("samples per second")
-    assert again == made
-    assert (first / "model.safetensors").stat().st_mtime_ns == trained, "it is not trained again"
+            variant[part].pop("samples per second")
+    assert second == first
+    assert (queries / "latest").stat().st_mtime_ns == trained, "it is not trained again"
     assert "training loss" in capsys.readouterr().out
 
 
-def test_what_is_measured_is_not_trained_again(tmp_path, monkeypatch):
-    one = {"random": Arm({"condition_on": "random"})}
-    monkeypatch.setitem(TABLES, "T1", Table("a claim", one, ("five",)))
-    made = make_table("T1", tmp_path, monkeypatch, "--seeds", "2")
-    shutil.rmtree(tmp_path / "runs")  # as on another machine
-    monkeypatch.setattr(arms, "run", None)
-    assert make_table("T1", tmp_path, monkeypatch, "--seeds", "2") == made
-
-
 def test_spread_is_over_seeds(tmp_path):
-    scored = [{"dense": {"dense": share}} for share in (0.2, 0.4, 0.6)]
-    made = measures.summary(scored)
-    assert made["figures"]["dense"] == [0.2, 0.4, 0.6]
-    assert made["mean"]["dense"] == 0.4 and made["spread"]["dense"] == 0.2
+    scores = [{"dense": {"dense": share}} for share in (0.2, 0.4, 0.6)]
+    summary = metrics.summary(scores)
+    assert summary["figures"]["dense"] == [0.2, 0.4, 0.6]
+    assert summary["mean"]["dense"] == 0.4 and summary["spread"]["dense"] == 0.2
     lines = [json.dumps({"loss": loss, "samples_per_s": 5}) for loss in (9.0, 1.0)]
     (tmp_path / "log.jsonl").write_text("\n".join(lines))
-    shutil.copy(arms.MetaQueryConfig.preset("tiny").mllm + "/model.safetensors", tmp_path)
-    assert measures.training_figures(tmp_path)["training loss"] == 5.0
+    shutil.copy(TINY / "model.safetensors", tmp_path)
+    assert metrics.training_figures(tmp_path)["training loss"] == 5.0
 
 
-def drawn_by(measures_name, monkeypatch):
-    """The (rows, negative prompt) of each call that a measure makes to draw."""
+def generated_by(name, monkeypatch):
+    """The (rows, negative prompt) of each call of a metric to generate."""
     calls = []
 
-    def draw(model, rows, args, negative_prompt=None):
-        calls.append((rows, negative_prompt))
+    def generate(model, rows, args, negative=None):
+        calls.append((rows, negative))
         return [[render(place_objects(random.Random(0), [Pair("red", "star")]))] for _ in rows]
 
-    monkeypatch.setattr(measures, "draw", draw)
-    figures = measure(None, measures_name, 3, 0)
-    assert list(figures) == [measures_name]
+    monkeypatch.setattr(metrics, "generate", generate)
+    assert list(measure(None, name, 3, 0)) == [name]
     return calls
 
 
-def test_pictures_are_withheld_and_pairs_steer_each_other(monkeypatch):
-    ((rows, _),) = drawn_by("one subject, pictures withheld", monkeypatch)
-    assert all(np.asarray(picture).max() == 0 for _, images in rows for picture in images)
-    assert [prompt for prompt, _ in rows] == [
-        task("one subject", i, 0, "test").prompt for i in range(3)
-    ]
-    for rows, negative_prompt in drawn_by("commonsense, negative prompt", monkeypatch):
-        assert negative_prompt != rows[0][0] and other_prompt(negative_prompt) == rows[0][0]
+def test_images_are_withheld_and_pairs_steer_each_other(monkeypatch):
+    ((rows, _),) = generated_by("one subject, images withheld", monkeypatch)
+    assert all(np.asarray(image).max() == 0 for _, images in rows for image in images)
+    prompts = [task("one subject", i, 0, "test").prompt for i in range(3)]
+    assert [prompt for prompt, _ in rows] == prompts
+    for rows, negative in generated_by("commonsense, negative prompt", monkeypatch):
+        assert negative != rows[0][0] and other_prompt(negative) == rows[0][0]
 
 
 def test_prompts_beyond_training_are_scored():
     rng = random.Random(0)
     for kind in ("diagonal", "two held-out"):
-        made = MAKERS[kind](rng)
-        pairs = [Pair(wanted.color, wanted.shape) for wanted in made.goal.objects]
+        case = MAKERS[kind](rng)
+        pairs = [Pair(goal.color, goal.shape) for goal in case.goal.objects]
         places = ("top left", "bottom right")
         right = render(place_objects(rng, pairs, "corners", places))
         wrong = render(place_objects(rng, pairs[::-1], "corners", places))
-        assert score(right, made.goal)
-        assert score(wrong, made.goal) == (kind == "two held-out")
-    made = MAKERS["five"](rng)
-    assert len(made.goal.objects) == 5 and made.prompt.startswith("five ")
+        assert score(right, case.goal)
+        assert score(wrong, case.goal) == (kind == "two held-out")
+    case = MAKERS["five"](rng)
+    assert len(case.goal.objects) == 5 and case.prompt.startswith("five ")
 
 
 def test_without_matplotlib_one_line_says_so(tmp_path, monkeypatch, capsys):
@@ -176,8 +161,12 @@ def test_without_matplotlib_one_line_says_so(tmp_path, monkeypatch, capsys):
     assert "pip install matplotlib" in capsys.readouterr().out
 
 
-def test_bad_flags_end_in_one_line():
-    done = run([sys.executable, "-m", "extras.tables", "T99"])
-    check_refused(done, "'knowledge'")
-    done = run([sys.executable, "-m", "extras.tables", "T1", "--steps", "0"])
-    check_refused(done, "--steps is 0")
+@pytest.mark.parametrize(
+    "flags, words", [(["T99"], "'knowledge'"), (["T1", "--steps", "0"], "--steps: invalid")]
+)
+def test_bad_flags_end_in_one_line(flags, words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["tables", *flags])
+    with pytest.raises(SystemExit, match="2"):
+        tables.main()
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1

@@ -27,13 +27,15 @@ def peak_memory_gb():
 
 
 class Log:
-    """Writes each step's figures. Only rank 0 makes one."""
+    """Writes each step's figures, in rank 0 only. A context, which ends the bar."""
 
-    def __init__(self, out, first, steps, batch_size):
-        self.first, self.batch_size = first, batch_size
+    def __init__(self, out, first, steps, batch_size, rank=0):
+        self.first, self.batch_size, self.rank = first, batch_size, rank
         self.began = time.time()
         self.smooth_loss = None
-        self.bar = tqdm(initial=first, total=steps, mininterval=2)
+        self.bar = tqdm(initial=first, total=steps, mininterval=2, disable=rank > 0)
+        if rank > 0:
+            return
 
         path = out / "log.jsonl"
         # Steps after the checkpoint that a run resumes from are done, and logged, again.
@@ -51,6 +53,8 @@ class Log:
 
     def write(self, step, loss, waited, **figures):
         """A line of log.jsonl, the bar and the board. waited: seconds without data so far."""
+        if self.rank > 0:
+            return
         if loss == loss:  # not NaN
             before = self.smooth_loss or loss
             self.smooth_loss = SMOOTHING * before + (1 - SMOOTHING) * loss
@@ -69,7 +73,8 @@ class Log:
             for name, value in entry.items():
                 self.board.add_scalar(name, value or 0, step)
 
-    def close(self):
-        """End the bar and the file."""
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
         self.bar.close()
-        self.file.close()

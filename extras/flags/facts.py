@@ -80,6 +80,7 @@ def read_facts():
     ours = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
     codes = [code for code in sorted(everyone) if int(everyone[code]["population"]) > PEOPLE]
     names = {code: ours["names"].get(code, everyone[code]["name"]) for code in codes}
+
     facts = {relation: {} for relation in (*WORDINGS, *NEVER_TRAINED)}
     for code, name in names.items():
         known = {
@@ -119,6 +120,7 @@ def make_prompts(facts, seed):
         trained = set(codes)
         if relation != "name":
             trained = set(random.Random(f"flags {seed} {relation}").sample(codes, len(codes) // 2))
+
         held_out = [code for code in codes if code not in trained]
         trained = [code for code in codes if code in trained]
         splits["trained"] += rows_of(facts, relation, wordings, trained)

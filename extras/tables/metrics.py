@@ -1,7 +1,7 @@
-"""What benchmarks.tables measures of a model, and how it summarizes and draws a table.
+"""What extras.tables measures of a model, and how it summarizes and plots a table.
 
-A measure is a kind of toy/tasks.py, or one of MAKERS here, which no training draws; after a comma,
-"pictures withheld" (black ones in their place), or "negative prompt" (the other prompt of its pair,
+A metric is a kind of toy/tasks.py, or one of MAKERS here, which no training has; after a comma,
+"images withheld" (black ones in their place), or "negative prompt" (the other prompt of its pair,
 as in CommonsenseT2I). "answers" are the MLLM's, in text.
 """
 
@@ -13,26 +13,26 @@ from types import SimpleNamespace
 
 from safetensors.torch import load_file
 
-from extras.flags.__main__ import MEASURES as FLAG_MEASURES
-from extras.flags.__main__ import measure_flags
 from benchmarks.toy import answer_share, scores
-from sample import draw
+from extras.flags.flag_scores import METRICS as FLAG_METRICS
+from extras.flags.flag_scores import measure_flags
 from metaquery import black_like
+from sample import generate
 from toy.scene import Goal, GoalObject, Scene, random_pair
 from toy.tasks import SIX_KINDS, Task, task
 from toy.words import COMMONSENSE, plural, with_article
 
-# Fewer steps than sample.py's 30: the tables draw tens of thousands of pictures.
-DRAWING = {"steps": 20, "guidance": 3.0, "image_guidance": 1.5, "num_images": 1}
-NOT_DRAWN = ("training loss", "samples per second", "saved parameters", "PSNR in dB")
+# Fewer steps than sample.py's: the tables generate tens of thousands of images.
+GENERATION = {"steps": 20, "guidance": 3.0, "image_guidance": 1.5, "num_images": 1}
+NOT_PLOTTED = ("training loss", "samples per second", "saved parameters", "PSNR in dB")
 LAST_STEPS = 50  # whose mean is the training loss
 OTHER_OF_PAIR = {one: other for pair in COMMONSENSE for one, other in (pair, pair[::-1])}
 
 
 def beyond_training(prompt, pairs, places=()):
-    """A task that no maker of the toy world makes: a prompt, the pairs it asks for, and where."""
-    wanted = zip_longest(pairs, places)
-    objects = tuple(GoalObject(pair.color, pair.shape, place=place) for pair, place in wanted)
+    """A task that the toy world does not have: a prompt, the pairs it asks for, and where."""
+    goals = zip_longest(pairs, places)
+    objects = tuple(GoalObject(pair.color, pair.shape, place=place) for pair, place in goals)
     return Task(prompt, Scene(()), Goal(objects), prompt)
 
 
@@ -78,25 +78,26 @@ def other_prompt(prompt):
 
 
 def measure(model, name, limit, seed, work=None):
-    """{name: figure} of one measure, on `limit` unseen cases; an edit's has several.
+    """{name: figure} of one metric, on `limit` unseen cases; an edit's has several.
 
-    work: the folder in which flags/ is, for measures of flags.
+    work: the folder in which flags/ is, for metrics of flags.
     """
-    args = SimpleNamespace(**DRAWING, seed=seed, limit=limit, negative_prompt="")
-    if name in FLAG_MEASURES:
+    args = SimpleNamespace(**GENERATION, seed=seed, limit=limit, negative_prompt="", batch_size=50)
+    if name in FLAG_METRICS:
         return measure_flags(model, name, args, work / "flags")
     if name == "answers":
         return {name: answer_share(model, args)}
+
     kind, _, change = name.partition(", ")
     tasks = [unseen_case(kind, index, seed) for index in range(limit)]
     rows = [(t.prompt, t.images) for t in tasks]
-    if change == "negative prompt":  # each has its own, so they are drawn one by one
-        drawn = [draw(model, [row], args, negative_prompt=other_prompt(row[0]))[0] for row in rows]
-    elif change == "pictures withheld":
-        drawn = draw(model, [(prompt, black_like(images)) for prompt, images in rows], args)
+    if change == "images withheld":
+        rows = [(prompt, black_like(images)) for prompt, images in rows]
+    if change == "negative prompt":  # each has its own, so they are generated one by one
+        images = [generate(model, [r], args, negative=other_prompt(r[0]))[0] for r in rows]
     else:
-        drawn = draw(model, rows, args)
-    figures = scores(kind, [(row[0], t) for row, t in zip(drawn, tasks, strict=True)])
+        images = generate(model, rows, args)
+    figures = scores(kind, [(row[0], t) for row, t in zip(images, tasks, strict=True)])
     return {name if figure == kind else figure: value for figure, value in figures.items()}
 
 
@@ -112,36 +113,32 @@ def training_figures(folder):
     }
 
 
-def summary(scored):
-    """An arm's figures for each seed, their mean and their spread.
+def summary(scores):
+    """A variant's figures for each seed, their mean and their spread.
 
-    scored: for each seed {measure: {name: figure}}.
+    scores: for each seed {metric: {name: figure}}.
     """
     figures = {}
-    for measures in scored:
-        values = {name: x for group in measures.values() for name, x in group.items()}
+    for metrics in scores:
+        values = {name: x for group in metrics.values() for name, x in group.items()}
         if set(SIX_KINDS) <= set(values):
             values["six-kind overall"] = mean(values[kind] for kind in SIX_KINDS)
         for name, value in values.items():
             figures.setdefault(name, []).append(round(value, 4))
-    one = len(scored) == 1
+
     means = {name: round(mean(values), 4) for name, values in figures.items()}
-    spreads = {name: 0.0 if one else round(stdev(x), 4) for name, x in figures.items()}
+    spreads = dict.fromkeys(figures, 0.0)
+    if len(scores) > 1:
+        spreads = {name: round(stdev(values), 4) for name, values in figures.items()}
     return {"figures": figures, "mean": means, "spread": spreads}
 
 
-def seeds_in_words(result):
-    """ "1 seed" or "3 seeds"."""
-    number = len(result["seeds"])
-    return f"{number} seed{'s' * (number > 1)}"
-
-
 def print_table(result):
-    """A line for each figure: its mean and spread for each arm."""
-    arms = result["arms"].values()
-    print(f"{result['table']}, {seeds_in_words(result)}: {', '.join(result['arms'])}")
-    for name in next(iter(arms))["mean"]:
-        cells = [f"{arm['mean'][name]:14.3f} ± {arm['spread'][name]:.3f}" for arm in arms]
+    """A line for each figure: its mean and spread for each variant."""
+    variants = result["variants"].values()
+    print(f"{result['table']}, {len(result['seeds'])} seeds: {', '.join(result['variants'])}")
+    for name in next(iter(variants))["mean"]:
+        cells = [f"{v['mean'][name]:14.3f} ± {v['spread'][name]:.3f}" for v in variants]
         print(f"{name:>28}{''.join(cells)}")
 
 
@@ -150,36 +147,40 @@ def save_figure(result, path):
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print(f"matplotlib is not installed, so {path} is not drawn: pip install matplotlib.")
+        print(f"matplotlib is not installed, so {path} is not plotted: pip install matplotlib.")
         return
-    arms = result["arms"]
-    measured = next(iter(arms.values()))["mean"]
-    summed_up = SIX_KINDS if "six-kind overall" in measured else ()
-    names = [name for name in measured if name not in (*NOT_DRAWN, *summed_up)]
+    variants = result["variants"]
+    measured = next(iter(variants.values()))["mean"]
+    summed_up = ()
+    if "six-kind overall" in measured:
+        summed_up = SIX_KINDS
+    names = [name for name in measured if name not in (*NOT_PLOTTED, *summed_up)]
     width = max(5.5, 3 + len(names))  # inches; the title needs as many
     figure = Figure(figsize=(width, 3.6), dpi=120, layout="constrained")
     axes = figure.subplots()
+
     if result["table"].startswith("F2"):
-        numbers = [arm["config"]["num_queries"] for arm in arms.values()]
+        numbers = [variant["config"]["num_queries"] for variant in variants.values()]
         for name in names:
-            means = [arm["mean"][name] for arm in arms.values()]
-            spreads = [arm["spread"][name] for arm in arms.values()]
+            means = [variant["mean"][name] for variant in variants.values()]
+            spreads = [variant["spread"][name] for variant in variants.values()]
             axes.errorbar(numbers, means, spreads, marker="o", capsize=3, label=name)
         axes.set_xscale("log", base=2)
         axes.set_xticks(numbers, numbers)
         axes.set_xlabel("queries N")
     else:
-        bar_width = 0.8 / len(arms)
-        for number, (label, arm) in enumerate(arms.items()):
+        bar_width = 0.8 / len(variants)
+        for number, (label, variant) in enumerate(variants.items()):
             places = [place + (number + 0.5) * bar_width - 0.4 for place in range(len(names))]
-            means = [arm["mean"][name] for name in names]
-            spreads = [arm["spread"][name] for name in names]
+            means = [variant["mean"][name] for name in names]
+            spreads = [variant["spread"][name] for name in names]
             axes.bar(places, means, bar_width, yerr=spreads, capsize=2, label=label)
         labels = [name.replace(", ", "\n").replace(" ", "\n") for name in names]
         axes.set_xticks(range(len(names)), labels, fontsize=8)
+
     axes.set_ylim(0, 1.05)
     axes.set_ylabel("share right")
-    steps = result["settings"]["steps"]
-    axes.set_title(f"{result['table']}: mean ± spread of {seeds_in_words(result)}, {steps} steps")
+    steps, seeds = result["settings"]["steps"], len(result["seeds"])
+    axes.set_title(f"{result['table']}: mean ± spread of {seeds} seeds, {steps} steps")
     axes.legend(fontsize=8)
     figure.savefig(path)

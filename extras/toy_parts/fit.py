@@ -6,18 +6,11 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from metaquery import to_device
-
-
-def pictures_to_tensor(pictures):
-    """PIL pictures of one size to (B, 3, H, W) float32 in [-1, 1]."""
-    stacked = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
-    return stacked.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 @dataclass
@@ -51,8 +44,10 @@ def make_optimizers(model, lr):
     matrices, others = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_layer_matrix = parameter.ndim == 2 and "layers." in name
-            (matrices if is_layer_matrix else others).append(parameter)
+            if parameter.ndim == 2 and "layers." in name:
+                matrices.append(parameter)
+            else:
+                others.append(parameter)
     options = {"lr": lr, "weight_decay": 0.01}
     optimizers = [torch.optim.AdamW(others, betas=(0.9, 0.98), fused=True, **options)]
     if matrices:
@@ -70,16 +65,19 @@ def fit(name, modules, make_batch, loss_of, lr, run, evaluate=None, steps=None, 
     """
     steps = steps or run.steps
     device = torch.device(run.device)
+
     # On a GPU, cuDNN's attention takes a second to plan for each new length of text.
     torch.backends.cuda.enable_cudnn_sdp(False)
     # On a CPU the plain attention, in bfloat16, is faster than the fused one.
     torch.backends.cuda.enable_flash_sdp(device.type != "cpu")
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(device.type == "cpu")
+
     model = torch.nn.ModuleList(modules).to(device)
     for parameter in model.parameters():
         if parameter.requires_grad:  # gradients laid out as the weights: the shipped parts' bits
             parameter.grad = torch.zeros_like(parameter)
     optimizers = make_optimizers(model, lr)
+
     resume_file = run.out / f"{name}.resume"
     first_step = 0
     mean_loss = None
@@ -89,8 +87,10 @@ def fit(name, modules, make_batch, loss_of, lr, run, evaluate=None, steps=None, 
         for optimizer, optimizer_state in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(optimizer_state)
         first_step = state["step"]
+
     options = {"num_workers": run.workers, "pin_memory": device.type == "cuda"}
-    options["multiprocessing_context"] = "fork" if run.workers else None
+    if run.workers:
+        options["multiprocessing_context"] = "fork"
     batches = Batches(make_batch, name)
     loader = DataLoader(batches, None, sampler=range(first_step, steps), **options)
     bar = tqdm(loader, name, initial=first_step, total=steps, mininterval=10)
@@ -100,10 +100,12 @@ def fit(name, modules, make_batch, loss_of, lr, run, evaluate=None, steps=None, 
             state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
             torch.save(state, resume_file.with_suffix(".part"))
             resume_file.with_suffix(".part").rename(resume_file)  # never half a file
+
         warm_up = min(1.0, (step + 1) / (0.05 * steps))
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr * warm_up * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+
         batch = to_device(batch, device)
         if encode:
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
@@ -115,8 +117,11 @@ def fit(name, modules, make_batch, loss_of, lr, run, evaluate=None, steps=None, 
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
+
         loss = loss.detach()
-        mean_loss = loss if mean_loss is None else mean_loss.lerp(loss, 0.02)
+        if mean_loss is None:
+            mean_loss = loss
+        mean_loss = mean_loss.lerp(loss, 0.02)
         if (step + 1) % 200 == 0 or step + 1 == steps:
             log = {"part": name, "step": step + 1, "loss": round(mean_loss.item(), 5)}
             if evaluate and ((step + 1) % 2000 == 0 or step + 1 == steps):

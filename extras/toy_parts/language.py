@@ -1,7 +1,6 @@
-"""Make the toy MLLM: vision tower, tokenizer, language model, LLaVA-OneVision."""
+"""Make the toy MLLM: tokenizer, language model, and LLaVA-OneVision of it and the vision tower."""
 
 import random
-from collections import Counter
 from functools import partial
 
 import numpy as np
@@ -18,154 +17,26 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
-    SiglipVisionConfig,
     SiglipVisionModel,
 )
 
-from metaquery import SYSTEM_PROMPT, conversation, to_device
-from extras.toy_parts.fit import fit, pictures_to_tensor
-from toy.scene import (
-    BACKGROUNDS,
-    COLORS,
-    PATTERNS,
-    PLACES,
-    SHAPES,
-    Scene,
-    coverage,
-    place_of,
-    random_scene,
-    render,
+from extras.toy_parts.fit import fit
+from extras.toy_parts.vision import (
+    EYE_WORDS,
+    INNER,
+    SIDE,
+    VISION_PATCH,
+    VISION_SIZE,
+    patch_words,
+    scenes_to_tower,
 )
+from metaquery import SYSTEM_PROMPT, to_device
+from toy.scene import Scene, random_scene, render
 from toy.talk import TALKS, Talk, question, talks
 from toy.tasks import task
-from toy.vocabulary import FILE, words_in
-from toy.wordings import trained_words
 from toy.words import describe
 
-VISION_SIZE, VISION_PATCH = 60, 12
-SIDE = VISION_SIZE // VISION_PATCH
-
-
-def centre_patches(scene):
-    """The index of the 5x5 patches that holds each object's centre."""
-    return [int(o.y * SIDE // 64) * SIDE + int(o.x * SIDE // 64) for o in scene.objects]
-
-
-def patch_labels(scene):
-    """What each patch shows: (25, 8) float: shape, color, inner, pattern, dx, dy, size, centre.
-
-    0 stands for nothing in the first three; dx, dy and size, in units of 32 px, locate the object;
-    the last is 1 at the one patch that holds an object's centre.
-    """
-    shares = [np.full(SIDE * SIDE, 0.06)]
-    for item in scene.objects:
-        alpha = torch.from_numpy(coverage(item.shape, item.x, item.y, item.size).copy())
-        shares.append(F.adaptive_avg_pool2d(alpha[None, None], SIDE).flatten().numpy())
-    labels, owners = np.zeros((SIDE * SIDE, 8), np.float32), np.argmax(shares, 0) - 1
-    centres = (np.arange(SIDE) + 0.5) * 64 / SIDE
-    points = np.stack(np.meshgrid(centres, centres), -1).reshape(-1, 2)
-    for number, item in enumerate(scene.objects):
-        here = owners == number
-        inner = 0 if item.inner is None else 1 + list(COLORS).index(item.inner)
-        what = (1 + SHAPES.index(item.shape), 1 + list(COLORS).index(item.color), inner)
-        labels[here, :4] = *what, PATTERNS.index(item.pattern)
-        labels[here, 4:6] = ((item.x, item.y) - points[here]) / 32
-        labels[here, 6] = item.size / 32
-    labels[centre_patches(scene), 7] = 1
-    return labels
-
-
-PLACE_WORDS = ("top", "bottom", "left", "right", "centre")
-INNER = tuple(f"{color}'" for color in COLORS)  # an object's second colour
-EYE_WORDS = (*SHAPES, *COLORS, *INNER, *BACKGROUNDS, *PLACE_WORDS, "half", "core", "background")
-
-
-def patch_words(scene):
-    """The words for what each patch shows: (25, words + 3) float32, each row's words of norm 1.
-
-    The patch at an object's centre names the object and its place, all others the background.
-    The last three say how far (x, y) is from that place and the size from 28, in pixels / 8.
-    """
-    rows = np.zeros((SIDE * SIDE, len(EYE_WORDS) + 3), np.float32)
-    groups = [("background", scene.background)] * SIDE * SIDE
-    for patch, item in zip(centre_patches(scene), scene.objects, strict=True):
-        place = place_of(item)
-        kind = {"plain": (), "halves": ("half",), "core": ("core",)}[item.pattern]
-        second = (f"{item.inner}'",) * (item.inner is not None)
-        groups[patch] = (item.color, item.shape, *kind, *second, *place.split())
-        x, y = PLACES[place]
-        rows[patch, -3:] = (item.x - x) / 8, (item.y - y) / 8, (item.size - 28) / 8
-    for row, group in zip(rows, groups, strict=True):
-        for word in group:
-            row[EYE_WORDS.index(word)] += len(group) ** -0.5
-    return rows
-
-
-def words_to_vectors(rows, embeddings, tokenizer):
-    """Rows (..., words + 3) of `patch_words` in a language model's embedding space (..., d).
-
-    A second colour is its word's embedding turned halfway round, so that it is not the first.
-    """
-    half, words = embeddings.shape[1] // 2, []
-    tokens = tokenizer([" " + word.rstrip("'") for word in EYE_WORDS])["input_ids"]
-    for word, ids in zip(EYE_WORDS, tokens, strict=True):
-        vector = embeddings[ids].sum(0)
-        words.append(vector.roll(half) if word in INNER else vector)
-    words = torch.stack(words)
-    directions = torch.randn(3, words.shape[1], generator=torch.Generator().manual_seed(0))
-    return rows @ torch.cat([words, directions.to(words) * embeddings.std().detach()])
-
-
-def scenes_to_tower(scenes):
-    """Scenes as the tower's pixels (B, 3, 60, 60) in [-1, 1]."""
-    pixels = pictures_to_tensor([render(scene) for scene in scenes])
-    return F.interpolate(pixels, VISION_SIZE, mode="bicubic", antialias=True)
-
-
-def train_vision(run):
-    """A SigLIP vision transformer, taught shape, colours, pattern and place patch by patch."""
-    tower = SiglipVisionModel(
-        SiglipVisionConfig(
-            hidden_size=192,
-            intermediate_size=512,
-            num_hidden_layers=4,
-            num_attention_heads=6,
-            image_size=VISION_SIZE,
-            patch_size=VISION_PATCH,
-            vision_use_head=False,
-        )
-    )
-    head = torch.nn.Linear(192, 7 + 9 + 9 + 3 + 3 + 1)
-
-    def make(rng):
-        scenes = [random_scene(rng, patterns=0.25) for _ in range(run.batch_size)]
-        labels = np.stack([patch_labels(scene) for scene in scenes])
-        return {"pixels": scenes_to_tower(scenes), "labels": torch.from_numpy(labels).flatten(0, 1)}
-
-    def loss_of(batch):
-        labels = batch["labels"]
-        states = tower(batch["pixels"], output_hidden_states=True).hidden_states[-1]
-        shape, color, inner, pattern, where, centre = (
-            head(states).flatten(0, 1).float().split([7, 9, 9, 3, 3, 1], 1)
-        )
-        kinds, guesses = labels[:, :4].long().unbind(1), (shape, color, inner, pattern)
-        loss = sum(F.cross_entropy(g, k) for g, k in zip(guesses, kinds, strict=True))
-        something = labels[:, :1] > 0
-        loss = loss + 10 * ((where - labels[:, 4:7]) ** 2 * something).mean()
-        loss = loss + F.binary_cross_entropy_with_logits(centre, labels[:, 7:])
-        right = (shape.argmax(1) == kinds[0])[something[:, 0]].float().mean()
-        accuracy[0] = 0.95 * accuracy[0] + 0.05 * right.detach()
-        return loss
-
-    accuracy = [0.0]
-
-    def evaluate():
-        return {"patch shapes": round(accuracy[0].item(), 4)}
-
-    fit("vision", [tower, head], make, loss_of, 1e-3, run, evaluate)
-    tower.to(torch.bfloat16).save_pretrained(run.out / "vision")
-
-
+SYSTEM = {"role": "system", "content": SYSTEM_PROMPT}
 CHAT_TEMPLATE = """{%- for message in messages -%}
 {{ '<|im_start|>' + message['role'] + '\n' }}
 {%- if message['content'] is string -%}
@@ -206,8 +77,9 @@ def make_tokenizer(words, vocab_size=1024, image="<image>", video="<video>"):
 
 
 def make_processor(tokenizer, size, patch):
-    """LLaVA-OneVision's processor for square pictures of `size` pixels, `patch` a side."""
-    square, mean = {"height": size, "width": size}, [0.5, 0.5, 0.5]
+    """LLaVA-OneVision's processor for square images of `size` pixels, `patch` a side."""
+    square = {"height": size, "width": size}
+    mean = [0.5, 0.5, 0.5]
     images = LlavaOnevisionImageProcessor(
         size=square, image_grid_pinpoints=[[size, size]], image_mean=mean, image_std=mean
     )
@@ -230,16 +102,6 @@ def world_texts():
     yield from [f"{SYSTEM_PROMPT} system user assistant"] * 100
 
 
-def world_words():
-    """Every word that the toy MLLM learns from, but for the system prompt and typing slips."""
-    counts = Counter()
-    for text in world_texts():
-        if not text.startswith(SYSTEM_PROMPT):
-            counts.update(words_in(text))
-    often = {word for word, count in counts.items() if count >= 6}  # any one slip is rarer
-    return often | words_in(trained_words())
-
-
 def language_config(tokenizer, **changes):
     """A toy Qwen2: 6 layers, 192 wide, unless `changes` say otherwise."""
     options = dict(
@@ -258,40 +120,55 @@ def language_config(tokenizer, **changes):
     return Qwen2Config(**(options | changes))
 
 
+def user_turn(prompt, num_images=0):
+    """A user's message: so many images, then the text."""
+    parts = [{"type": "image"}] * num_images
+    return {"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}
+
+
 def chat(tokenizer, messages, open_end=True):
-    """The text of a conversation, with an open end up to where the assistant is to speak."""
+    """The text of a conversation; with an open end, up to where the assistant speaks."""
     options = {"chat_template": CHAT_TEMPLATE, "tokenize": False}
     return tokenizer.apply_chat_template(messages, add_generation_prompt=open_end, **options)
 
 
 def talk_texts(tokenizer, conversations, open_end=False):
-    """The conversations' texts, and of each its source scenes in turn."""
+    """The texts of conversations, and each one's source scenes in turn."""
     texts, scenes = [], []
     for turns in conversations:
-        system, messages = SYSTEM_PROMPT if turns[0].instructed else None, []
+        messages = []
+        if turns[0].instructed:
+            messages.append(SYSTEM)
         for turn in turns:
-            messages += conversation(turn.user, len(turn.sources), None if messages else system)
+            messages.append(user_turn(turn.user, len(turn.sources)))
             messages.append({"role": "assistant", "content": turn.assistant})
-        texts.append(chat(tokenizer, messages[:-1] if open_end else messages, open_end))
+        if open_end:
+            messages.pop()
+        texts.append(chat(tokenizer, messages, open_end))
         scenes.append([scene for turn in turns for scene in turn.sources])
     return texts, scenes
 
 
 def lay_out(processor, texts, scenes, multiple=1, side="right"):
-    """Token ids and mask (B, L) with an image token for every state of a picture; and its "place".
+    """Token ids and mask (B, L) with an image token for every state of an image; and its "place".
 
-    A picture has 26 states, 25 patches and a newline, laid out as LLaVA-OneVision does; "place"
-    (B, L) counts them through all pictures from 1 and is 0 at words. L is a multiple of `multiple`.
+    An image has 26 states, 25 patches and a newline, laid out as LLaVA-OneVision does; "place"
+    (B, L) counts them through all images from 1 and is 0 at words. L is a multiple of `multiple`.
     """
-    base, places, number = torch.arange(SIDE * SIDE), [], 0
+    base = torch.arange(SIDE * SIDE)
     newline = torch.full((SIDE, 1), SIDE * SIDE)
     tile = torch.cat([base.view(SIDE, SIDE), newline], 1).flatten()
+    places, number = [], 0
     for i, row in enumerate(scenes):
-        order = torch.cat([base, tile if len(row) == 1 else newline[0]])
+        end = newline[0]
+        if len(row) == 1:  # a single image is seen twice: as a whole and as a tile
+            end = tile
+        order = torch.cat([base, end])
         texts[i] = texts[i].replace("<image>", "<image>" * len(order))
         for _ in row:
             places.append(1 + (SIDE * SIDE + 1) * number + order)
             number += 1
+
     options = {"padding_side": side, "pad_to_multiple_of": multiple, "return_tensors": "pt"}
     inputs = dict(processor.tokenizer(texts, padding=True, **options))
     inputs["place"] = torch.zeros_like(inputs["input_ids"])
@@ -300,33 +177,54 @@ def lay_out(processor, texts, scenes, multiple=1, side="right"):
     return inputs
 
 
+def words_to_vectors(rows, embeddings, tokenizer):
+    """Rows (..., words + 3) of `patch_words` in a language model's embedding space (..., d).
+
+    A second colour is its word's embedding turned halfway round, so that it is not the first.
+    """
+    half, words = embeddings.shape[1] // 2, []
+    tokens = tokenizer([" " + word.rstrip("'") for word in EYE_WORDS])["input_ids"]
+    for word, ids in zip(EYE_WORDS, tokens, strict=True):
+        vector = embeddings[ids].sum(0)
+        words.append(vector.roll(half) if word in INNER else vector)
+    words = torch.stack(words)
+    directions = torch.randn(3, words.shape[1], generator=torch.Generator().manual_seed(0))
+    return rows @ torch.cat([words, directions.to(words) * embeddings.std().detach()])
+
+
 def imagined(scenes):
     """Scenes as the words for what their 26 states show: (P, 26, words + 3) float32."""
     rows = [np.pad(patch_words(scene), ((0, 1), (0, 0))) for scene in scenes]
-    return torch.from_numpy(np.stack(rows)) if rows else torch.zeros(0, 26, len(EYE_WORDS) + 3)
+    if not rows:
+        return torch.zeros(0, 26, len(EYE_WORDS) + 3)
+    return torch.from_numpy(np.stack(rows))
 
 
 def imagine(rows, embeddings, tokenizer):
-    """Imagined pictures (P, 26, words + 3) as a language model's input states (P, 26, d)."""
+    """Imagined images (P, 26, words + 3) as a language model's input states (P, 26, d)."""
     seen = words_to_vectors(rows, embeddings, tokenizer)
     return seen + 0.1 * embeddings.std() * torch.randn_like(seen)
 
 
 def put(states, place):
-    """Pictures' states (P, 26, d) at their places (B, L), zeros elsewhere: (B, L, d)."""
+    """Images' states (P, 26, d) at their places (B, L), zeros elsewhere: (B, L, d)."""
     states = states.flatten(0, 1)
     return torch.cat([states.new_zeros(1, states.shape[-1]), states])[place]
 
 
-def talk_batch(rng, run, processor, picture):
-    """Conversations of one sort: tokens, labels on the assistant's words, and pictures.
+def talk_batch(rng, run, processor, to_states):
+    """Conversations of one sort: tokens, labels on the assistant's words, and images.
 
-    "pictures" holds what `picture` makes of their scenes.
+    "images" holds what `to_states` makes of their scenes.
     """
-    tokenizer, multiple = processor.tokenizer, 128 if run.device == "cuda" else 8
+    tokenizer = processor.tokenizer
+    multiple = 8
+    if run.device == "cuda":  # fewer lengths to plan for
+        multiple = 128
     sort = rng.choices(list(TALKS), list(TALKS.values()))[0]
     texts, scenes = talk_texts(tokenizer, [talks(rng, sort) for _ in range(run.batch_size)])
     inputs = lay_out(processor, texts, scenes, multiple)
+
     ids = inputs["input_ids"]
     before, end = tokenizer("<|im_start|>assistant\n")["input_ids"], tokenizer.eos_token_id
     labels = torch.full_like(ids, -100)
@@ -338,12 +236,12 @@ def talk_batch(rng, run, processor, picture):
                 stop = tokens.index(end, start) + 1
                 labels[row, start:stop] = ids[row, start:stop]
             start += 1
-    pictures = picture([scene for row in scenes for scene in row])
-    return {"input_ids": ids, "labels": labels, "place": inputs["place"], "pictures": pictures}
+    images = to_states([scene for row in scenes for scene in row])
+    return {"input_ids": ids, "labels": labels, "place": inputs["place"], "images": images}
 
 
 def talk_loss(language, embedding, input_ids, labels, place, seen):
-    """Cross-entropy of the labels, given `seen` (B, L, d) where `place` is a picture's.
+    """Cross-entropy of the labels, given `seen` (B, L, d) where `place` is an image's.
 
     Padded on the right under a causal mask, so no other mask is needed.
     """
@@ -360,8 +258,9 @@ def talk_loss(language, embedding, input_ids, labels, place, seen):
 
 @torch.no_grad()
 def answers(model, processor, turns, words_only=False):
-    """What the model says, greedily, to each exchange's user turn; of imagined pictures or real."""
-    embeddings, tokenizer = model.get_input_embeddings().weight, processor.tokenizer
+    """What the model says, greedily, to each exchange's user turn; of imagined images or real."""
+    embeddings = model.get_input_embeddings().weight
+    tokenizer = processor.tokenizer
     texts, scenes = talk_texts(tokenizer, [[turn] for turn in turns], open_end=True)
     options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
     if words_only:
@@ -375,9 +274,11 @@ def answers(model, processor, turns, words_only=False):
         inputs = to_device(processor(text=texts, images=images, **options), model.device)
     else:
         inputs = to_device(tokenizer(texts, **options), model.device)
+
     tokens = model.generate(**inputs, max_new_tokens=64, do_sample=False)
-    before = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
-    return processor.batch_decode(tokens[:, before:], skip_special_tokens=True)
+    if "input_ids" in inputs:
+        tokens = tokens[:, inputs["input_ids"].shape[1] :]
+    return processor.batch_decode(tokens, skip_special_tokens=True)
 
 
 def examine(model, processor, words_only=False, number=100):
@@ -392,6 +293,7 @@ def examine(model, processor, words_only=False, number=100):
     for kind in kinds:
         tasks = [task(kind, i, split="test") for i in range(number // 2)]
         groups[kind] = [Talk(each.prompt, each.plain, each.sources, True) for each in tasks]
+
     shares = {}
     for name, asked in groups.items():
         said = answers(model, processor, asked, words_only)
@@ -403,24 +305,23 @@ def examine(model, processor, words_only=False, number=100):
 def train_llm(run):
     """A toy Qwen2 that restates prompts, knows the world's facts and speaks ChatML.
 
-    It talks of pictures too, which it is given as words, patch by patch: what it learns so is what
-    it needs when a projector gives it real pictures in the same words.
+    It talks of images too, which it is given as words, patch by patch: what it learns so is what
+    it needs when a projector gives it real images in the same words.
     """
     processor = make_processor(make_tokenizer(world_texts()), VISION_SIZE, VISION_PATCH)
     processor.save_pretrained(run.out / "mllm")
-    (run.out / "mllm" / FILE).write_text("\n".join(sorted(world_words())) + "\n")
     processor = AutoProcessor.from_pretrained(run.out / "mllm")
     model = Qwen2ForCausalLM(language_config(processor.tokenizer))
     embedding = model.model.embed_tokens
 
     def encode(batch):
-        pictures = imagine(batch.pop("pictures"), embedding.weight, processor.tokenizer)
-        return {**batch, "seen": put(pictures, batch["place"])}
+        states = imagine(batch.pop("images"), embedding.weight, processor.tokenizer)
+        return {**batch, "seen": put(states, batch["place"])}
 
     def loss_of(batch):
         return talk_loss(model.model, embedding, **batch)
 
-    make = partial(talk_batch, run=run, processor=processor, picture=imagined)
+    make = partial(talk_batch, run=run, processor=processor, to_states=imagined)
     evaluate = partial(examine, model, processor, True)
     fit("llm", [model], make, loss_of, 3e-3, run, evaluate, encode=encode)
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
@@ -450,7 +351,7 @@ def align(model, tokenizer, run):
 
 
 def train_mllm(run):
-    """LLaVA-OneVision of tower and language model, which goes on talking, now of real pictures.
+    """LLaVA-OneVision of tower and language model, which goes on talking, now of real images.
 
     Tower and projector learn each patch's words, then stay as they are: a projector that is
     trained on drifts away from the words, and the language model no longer reads it.
@@ -460,6 +361,7 @@ def train_mllm(run):
     language = Qwen2ForCausalLM.from_pretrained(run.out / "llm", dtype=torch.float32)
     tower.config.name_or_path = ""  # not the folder it was read from
     language.config.name_or_path = ""
+
     config = LlavaOnevisionConfig(
         vision_config=tower.config,
         text_config=language.config,
@@ -474,24 +376,25 @@ def train_mllm(run):
     model.model.vision_tower.load_state_dict(tower.state_dict())
     model.model.language_model.load_state_dict(language.model.state_dict())
     torch.nn.init.zeros_(model.model.image_newline)
+
     if not (run.out / "mllm.resume").exists():
         align(model, processor.tokenizer, run)
     eye, projector = model.model.vision_tower, model.model.multi_modal_projector
     for part in (eye, projector, model.model.image_newline):
         part.requires_grad_(False)
 
-    def picture(scenes):
+    def to_states(scenes):
         return scenes_to_tower(scenes or [Scene(())])  # an unused one: the tower takes no none
 
     def encode(batch):
-        states = eye(batch.pop("pictures"), output_hidden_states=True).hidden_states[-1]
+        states = eye(batch.pop("images"), output_hidden_states=True).hidden_states[-1]
         seen = put(F.pad(projector(states), (0, 0, 0, 1)), batch["place"])
         return {**batch, "seen": seen}
 
     def loss_of(batch):
         return talk_loss(model.model.language_model, model.get_input_embeddings(), **batch)
 
-    make = partial(talk_batch, run=run, processor=processor, picture=picture)
+    make = partial(talk_batch, run=run, processor=processor, to_states=to_states)
     evaluate = partial(examine, model, processor)
     fit("mllm", [model], make, loss_of, 3e-4, run, evaluate, encode=encode)
     model.generation_config.eos_token_id = config.eos_token_id

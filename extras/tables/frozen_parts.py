@@ -1,18 +1,14 @@
-"""Frozen parts that benchmarks.tables needs beside the shipped ones, and how it runs programs."""
+"""Frozen parts that extras.tables needs beside the shipped ones, and how it runs programs."""
 
 import hashlib
 import subprocess
 import sys
 from functools import cache
-from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from metaquery import TINY, InputError
-from training.checkpoint import sha256
-
-ROOT = Path(__file__).resolve().parent.parent
+from metaquery import HERE, TINY, InputError
 
 
 def run(command, log):
@@ -20,7 +16,7 @@ def run(command, log):
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w") as file:
         command = [sys.executable, *map(str, command)]
-        done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+        done = subprocess.run(command, cwd=HERE, stdout=file, stderr=subprocess.STDOUT)
     if done.returncode:
         last = log.read_text(errors="replace").strip().splitlines()[-1:]
         raise InputError(f"failed: {' '.join(last)} (see {log})")
@@ -30,7 +26,8 @@ def run(command, log):
 def frozen_digest():
     """Eight digits that tell the shipped frozen parts from any others."""
     files = sorted([*TINY.glob("mllm/*.safetensors"), *TINY.glob("diffusion/*/*.safetensors")])
-    return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()[:8]
+    digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:8]
 
 
 def make_random_mllm(folder):
@@ -44,8 +41,7 @@ def make_random_mllm(folder):
 def make_language_models(folder):
     """A toy language model, llm/, and the MLLM that visual tuning makes of it, mllm/.
 
-    The vision tower is the shipped MLLM's. At most a quarter of toy.pretrain's steps are made,
-    which should take about two hours on one core.
+    The vision tower is the shipped MLLM's. It takes about two hours on one core.
     """
     shipped = AutoModelForImageTextToText.from_pretrained(TINY / "mllm", dtype=torch.float32)
     shipped.model.vision_tower.save_pretrained(folder / "vision")

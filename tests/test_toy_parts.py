@@ -1,15 +1,19 @@
 """The tiny world's frozen parts: how the toy MLLM is taught is how it is used."""
 
 import random
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import AutoProcessor, LlavaOnevisionForConditionalGeneration
 
-from metaquery import TINY
+from extras.toy_parts import __main__ as toy_parts
+from extras.toy_parts import diffusion, language
 from extras.toy_parts.fit import Run, fit
-from extras.toy_parts.language import lay_out, put, scenes_to_tower, talk_loss, talk_texts
+from extras.toy_parts.language import lay_out, put, talk_loss, talk_texts
+from extras.toy_parts.vision import scenes_to_tower
+from metaquery import TINY, MetaQuery, MetaQueryConfig
 from toy.scene import random_scene, read, render
 from toy.talk import TALKS, account, talks
 
@@ -21,7 +25,7 @@ def tiny():
 
 
 @pytest.mark.parametrize("sort", TALKS)
-def test_pictures_are_laid_out_as_the_real_class_does(tiny, sort):
+def test_images_are_laid_out_as_the_real_class_does(tiny, sort):
     """The same tokens, and the same loss, as through LLaVA-OneVision's own processor and pass."""
     processor, model = tiny
     rng = random.Random(3)
@@ -44,8 +48,8 @@ def test_pictures_are_laid_out_as_the_real_class_does(tiny, sort):
             states = F.pad(model.model.multi_modal_projector(seen), (0, 0, 0, 1))
         language, words = model.model.language_model, model.get_input_embeddings()
         seen = put(states, ours["place"])
-        made = talk_loss(language, words, ours["input_ids"], labels, ours["place"], seen)
-    assert made.item() == pytest.approx(expected.item(), rel=0.01)
+        loss = talk_loss(language, words, ours["input_ids"], labels, ours["place"], seen)
+    assert loss.item() == pytest.approx(expected.item(), rel=0.01)
 
 
 def test_each_step_begins_from_zero_gradients(monkeypatch, tmp_path):
@@ -79,3 +83,32 @@ def test_accounts_tell_each_object_truly():
         for words in told:
             fits = [o for o in scene.objects if o.shape in words and o.color in words]
             assert fits, words
+
+
+def test_all_parts_are_made_in_order_and_make_a_model(tmp_path, monkeypatch, handlers_restored):
+    """A step or two each; what they are saved as loads and generates, and is not made again."""
+    parts = {name: part._replace(steps=2, batch_size=2) for name, part in toy_parts.PARTS.items()}
+    monkeypatch.setattr(toy_parts, "PARTS", parts)
+    monkeypatch.setattr(language, "align", lambda *_: None)
+    few = language.examine.__defaults__[:-1] + (2,)
+    monkeypatch.setattr(language.examine, "__defaults__", few)
+    monkeypatch.setattr(diffusion, "SIX_KINDS", ("counting",))
+    out = tmp_path / "new"
+    monkeypatch.setattr(sys, "argv", ["toy_parts", "--out", str(out), "--device", "cpu"])
+
+    toy_parts.main()
+    config = MetaQueryConfig(str(out / "mllm"), str(out / "diffusion"), connector_layers=1)
+    model = MetaQuery.from_config(config)
+    assert model.generate("a red star", num_inference_steps=1)[0].size == (64, 64)
+
+    for name in parts:
+        parts[name] = parts[name]._replace(make=None)
+    toy_parts.main()
+
+
+def test_a_part_asks_for_those_it_needs(tmp_path, monkeypatch, capsys, handlers_restored):
+    flags = ["--out", str(tmp_path / "new"), "--part", "mllm", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["toy_parts", *flags])
+    with pytest.raises(SystemExit, match="2"):
+        toy_parts.main()
+    assert "make --part vision first" in capsys.readouterr().err

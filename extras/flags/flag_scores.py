@@ -1,0 +1,133 @@
+"""How well a model generates flags that it is asked for by what a language model knows."""
+
+from itertools import chain, product
+
+import torch
+from tqdm import tqdm
+
+from extras.flags.dataset import SIDE, code_of, flags, questions
+from extras.flags.flag_parts import nearest
+from metaquery import to_pixels
+from sample import generate, grid, save_image
+
+# Metrics of the flags table: of which split, and of which relation.
+METRICS = {
+    "by name": ("trained", "name"),
+    "by name, new wordings": ("new wording", "name"),
+    "by capital, trained": ("trained", "capital"),
+    "by capital": ("held-out", "capital"),
+    "by currency": ("held-out", "currency"),
+    "by neighbours": ("held-out", "neighbours"),
+    "by place or person": ("held-out", "place"),
+    "by city, never trained": ("never trained", "city"),
+    "by domain, never trained": ("never trained", "domain"),
+}
+START = "the flag of "  # of the prompts that are also asked in text
+SHOWN = 24  # questions whose images are saved
+
+
+def ask(model, rows, args, known):
+    """Generate for rows of `questions`: their images, and the five nearest flags' country codes.
+
+    known: {country code: PIL image}. Of flags that are the same image, the code asked for counts.
+    """
+    images = [row[0] for row in generate(model, [(row["text"], []) for row in rows], args)]
+    pixels = to_pixels(known.values(), SIDE)
+    codes = list(known)
+
+    found = []
+    for row, order in zip(rows, nearest(to_pixels(images, SIDE), pixels), strict=True):
+        asked = codes.index(code_of(row))
+        is_same = (pixels == pixels[asked]).flatten(1).all(1)
+        order = [asked if is_same[i] else i for i in order.tolist()]
+        found.append([codes[i] for i in dict.fromkeys(order)][:5])
+    return images, found
+
+
+def choose_questions(folder, name, limit):
+    """`limit` questions of a metric, evenly spread over them and so over the countries."""
+    rows = questions(folder, *METRICS[name])
+    limit = min(limit, len(rows))
+    return [rows[i * len(rows) // limit] for i in range(limit)]
+
+
+def measure_flags(model, name, args, folder):
+    """{name: share whose nearest flag is the right one, and among the nearest five}."""
+    rows = choose_questions(folder, name, args.limit)
+    _, found = ask(model, rows, args, flags(folder))
+    pairs = [(code_of(row), codes) for row, codes in zip(rows, found, strict=True)]
+    top_1 = [code == codes[0] for code, codes in pairs]
+    top_5 = [code in codes for code, codes in pairs]
+    return {name: sum(top_1) / len(rows), f"{name}, top 5": sum(top_5) / len(rows)}
+
+
+@torch.no_grad()
+def conditions(model, rows):
+    """The conditions of B questions, each averaged over its L states: (B, c) float32."""
+    means = []
+    for start in range(0, len(rows), 32):
+        cond, mask = model.encode_prompts([row["text"] for row in rows[start : start + 32]])
+        if mask is None:
+            mask = cond.new_ones(cond.shape[:2])  # (b, L)
+        weights = mask / mask.sum(1, keepdim=True)
+        means.append((weights[..., None] * cond).sum(1).float().cpu())
+    return torch.cat(means)
+
+
+def read_conditions(model, args, folder):
+    """{metric: share of its questions whose condition is nearest to that of their country's name}.
+
+    A country's condition is the mean over the prompts in training that name it.
+    """
+    named = questions(folder, "trained", "name")
+    codes = sorted({code_of(row) for row in named})
+    labels = torch.tensor([codes.index(code_of(row)) for row in named])  # (B,)
+    cond = conditions(model, named)  # (B, c)
+    known = torch.stack([cond[labels == i].mean(0) for i in range(len(codes))])  # (F, c)
+
+    shares = {}
+    for name in METRICS:
+        rows = choose_questions(folder, name, args.limit)
+        read = nearest(conditions(model, rows), known)[:, 0].tolist()
+        right = [codes[i] == code_of(row) for i, row in zip(read, rows, strict=True)]
+        shares[name] = sum(right) / len(rows)
+    return shares
+
+
+def cases_of(model, folder, args):
+    """What each question about a held-out capital came to: cases, generated images, right flags.
+
+    A case also says whether the model's LLM names the country in text: "Which is the country whose
+    capital is ...?"
+    """
+    rows = questions(folder, *METRICS["by capital"])
+    rows = [row for row in rows if row["text"].startswith(START)][: args.limit]
+    country_of = {row["file_name"]: row["country"] for row in questions(folder)}
+    all_flags = flags(folder)
+    images, found = ask(model, rows, args, all_flags)
+
+    cases = []
+    for row, codes in zip(tqdm(rows, "answering"), found, strict=True):
+        question = f"Which is {row['text'].removeprefix(START)}?"
+        answer = model.answer(question, max_new_tokens=40)
+        case = {"asked": row["text"], "country": row["country"]}
+        case["nearest"] = [country_of[f"{code}.png"] for code in codes]
+        case["drawn"] = case["nearest"][0] == row["country"]
+        case["answer"] = answer
+        case["known"] = row["country"] in answer
+        cases.append(case)
+    return cases, images, [all_flags[code_of(row)] for row in rows]
+
+
+def print_cases(cases):
+    """How many countries are both generated and named in text, one of the two, and neither."""
+    for drawn, known in product((True, False), repeat=2):
+        number = sum(case["drawn"] == drawn and case["known"] == known for case in cases)
+        words = f"{'' if known else 'not '}named in text, {'' if drawn else 'not '}generated"
+        print(f"{words:>36}  {number} of {len(cases)}")
+
+
+def save_cases(images, right, path):
+    """Save a sheet of the first cases' images, each left of the right flag."""
+    pairs = list(chain.from_iterable(zip(images, right, strict=True)))
+    save_image(grid(pairs[: 2 * SHOWN], 12), path, license="flags: OpenMoji, CC BY-SA 4.0")
