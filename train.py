@@ -28,7 +28,8 @@ from transformers import HfArgumentParser, get_cosine_with_min_lr_schedule_with_
 from transformers.utils.logging import disable_progress_bar
 
 import public_weights
-from cli import INTERRUPTED, choose_dtype, device_of, errors_in_one_line, fail, set_up
+from cli import INTERRUPTED, check_writable, choose_dtype, device_of, errors_in_one_line
+from cli import fail, set_up
 from data.batches import Collate, open_batches
 from metaquery import HERE, InputError, MetaQuery, MetaQueryConfig, portable
 from toy.tasks import MIXTURES, task
@@ -136,9 +137,12 @@ class TrainConfig:
                  "weight_decay": 0}  # fmt: skip
         for name, lowest in least.items():
             value = getattr(self, name)
-            if not lowest <= value < 2**63:
+            if not lowest <= value <= 10**12:
                 flag = name.replace("_", "-")
-                raise InputError(f"--{flag} is {value}: give at least {lowest:g}.")
+                raise InputError(f"--{flag} is {value}: give {lowest:g} to 10^12.")
+        if self.checkpoint and Path(self.out).resolve() == Path(self.checkpoint).resolve():
+            raise InputError(f"--out {self.out} is --checkpoint itself: name another --out.")
+        check_writable(self.out, is_folder=True)
 
     @property
     def recipe(self):
