@@ -58,6 +58,7 @@ def make_tokenizer(words, vocab_size=1024, image="<image>", video="<video>"):
     split = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), split])
     core.decoder = decoders.ByteLevel()
+
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", image, video],
