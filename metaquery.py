@@ -31,6 +31,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from accelerate import init_empty_weights
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import ModelHubMixin, snapshot_download
 from PIL import Image, ImageOps
@@ -51,7 +52,6 @@ class MetaQueryConfig:
 
     mllm: str  # hub id or folder: LLaVA-OneVision, Qwen2.5-VL or a text-only ChatML model
     diffusion: str  # hub id or folder: Sana or Stable Diffusion, with its scheduler
-    vae: str = ""  # hub id or folder of another VAE than the diffusion model's own
     num_queries: int = 256  # N, number of learnable queries
     connector: Literal["enc-proj", "proj-enc"] = "enc-proj"  # Table 3
     connector_layers: int = 24  # transformer layers of the connector
@@ -59,18 +59,16 @@ class MetaQueryConfig:
     train_mllm: bool = False  # Table 2: the paper keeps the MLLM frozen
     train_diffusion: bool = True  # Table 2: tuning the diffusion model helps
     sigma_shift: float = 1.0  # above 1, training sees more high noise levels; 1 is uniform
+    vae: str = ""  # hub id or folder of another VAE than the diffusion model's own
 
     def __post_init__(self):
         for field in fields(self):
-            value = getattr(self, field.name)
-            choices = get_args(field.type)
-            if choices and value not in choices:
-                raise InputError(f"{field.name} is {value!r}: choose one of {choices}.")
-            if not choices and type(value) is not field.type:
-                expected = field.type.__name__
-                raise InputError(f"{field.name} is {value!r}: give a {expected}.")
-            if field.type in (int, float) and not 0 < value <= 65_536:
-                raise InputError(f"{field.name} is {value}: give 1 to 65,536.")
+            value, choices = getattr(self, field.name), get_args(field.type)
+            is_number = field.type in (int, float)
+            fits = value in choices if choices else type(value) is field.type
+            if not fits or is_number and not 0 < value <= 65_536:
+                allowed = choices or f"{field.type.__name__}, numbers from 1 to 65,536"
+                raise InputError(f"{field.name} is {value!r}: give one of {allowed}.")
 
     @classmethod
     def preset(cls, size, **changes):
@@ -114,6 +112,7 @@ MAX_PROMPT_TOKENS = 256  # the user's text is cut here, with a warning
 MAX_IMAGES = 6  # in one prompt, as in the paper's instruction data (§4)
 MAX_ASPECT_RATIO = 100  # Qwen2.5-VL's processor refuses 200
 QWEN_PIXELS = {"shortest_edge": 256 * 28 * 28, "longest_edge": 1280 * 28 * 28}
+NO_IMAGES = "images must be PIL images: open files with PIL.Image.open."
 
 
 class PromptFormat:
@@ -129,11 +128,10 @@ class PromptFormat:
         self.takes_images = hasattr(mllm_config, "vision_config")
 
     def __call__(self, prompts, images=None, system=SYSTEM_PROMPT):
-        """Tokenize B prompts, padded on the left: a dict of tensors.
+        """Tokenize B prompts, strings or None, padded on the left: a dict of tensors.
 
-        prompts: strings; None is a dropped prompt. images: as for `image_lists`. With
-        system=None, to ask the MLLM itself, images are not cropped. Raises InputError if
-        there are too many images, or the MLLM reads text only."""
+        images: as for `image_lists`; with system=None, to ask the MLLM itself, uncropped.
+        Raises InputError if there are too many, or the MLLM reads text only."""
         images = [[to_rgb(image) for image in row] for row in image_lists(prompts, images)]
         if any(images) and not self.takes_images:
             raise InputError("this MLLM reads text only: choose one that takes images.")
@@ -158,6 +156,8 @@ class PromptFormat:
             images = [[resize_and_crop(image, side) for image in row] for row in images]
         elif system and family.startswith("qwen"):
             options["size"] = QWEN_PIXELS
+        elif system and family == "internvl":
+            options["crop_to_patches"] = False  # one tile, 256 tokens
         return self.processor(text=texts, images=images, **options)
 
     def chat(self, prompt, num_images=0, system=SYSTEM_PROMPT):
@@ -197,13 +197,13 @@ def image_lists(prompts, images):
     """A list of PIL images for each prompt.
 
     Accepts None, one image per prompt, a list of images per prompt, or, for a single
-    prompt, one image or a flat list of them. Raises InputError for anything else."""
+    prompt, a flat list of them. Raises InputError for anything else."""
     if images is None:
-        return [[] for _ in prompts]
+        images = [None] * len(prompts)
     if isinstance(images, Image.Image):
         images = [images]
     if not isinstance(images, list | tuple):
-        raise InputError("images must be PIL images: open files with PIL.Image.open.")
+        raise InputError(NO_IMAGES)
     if len(prompts) == 1 and images and all(isinstance(x, Image.Image) for x in images):
         images = [images]
     if len(images) != len(prompts):
@@ -211,14 +211,11 @@ def image_lists(prompts, images):
 
     lists = []
     for row in images:
-        if row is None:
-            row = []
         if isinstance(row, Image.Image):
             row = [row]
-        if not isinstance(row, list | tuple) or not all(
-            isinstance(x, Image.Image) for x in row
-        ):
-            raise InputError("images must be PIL images: open files with PIL.Image.open.")
+        row = row or []
+        if not isinstance(row, list | tuple) or any(not isinstance(x, Image.Image) for x in row):
+            raise InputError(NO_IMAGES)
         lists.append(list(row))
     return lists
 
@@ -338,10 +335,11 @@ class Connector(nn.Module):
     """Maps MLLM states (B, L, d) to the condition (B, L, c) (§3.3, Table 3).
 
     "enc-proj" runs its layers at the MLLM's width d, then projects to c; "proj-enc"
-    projects first. gain: initial weight of the final RMSNorm. Raises InputError if the
-    width is not a multiple of HEAD_DIM."""
+    projects first. gain: initial weight of the final RMSNorm. pooled: width of a second
+    output, of the tokens' mean, for SD3-type models. Raises InputError if the width is
+    not a multiple of HEAD_DIM."""
 
-    def __init__(self, d, c, layers=24, design="enc-proj", gain=1.0):
+    def __init__(self, d, c, layers=24, design="enc-proj", gain=1.0, pooled=0):
         super().__init__()
         self.design = design
         width = d if design == "enc-proj" else c
@@ -350,6 +348,8 @@ class Connector(nn.Module):
         self.layers = nn.ModuleList(ConnectorLayer(width) for _ in range(layers))
         self.projection = nn.Sequential(nn.Linear(d, c), nn.GELU("tanh"), nn.Linear(c, c))
         self.norm = nn.RMSNorm(c, eps=1e-5)
+        if pooled:
+            self.pool = nn.Linear(c, pooled)
 
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
@@ -376,14 +376,17 @@ class Connector(nn.Module):
 
         if self.design == "enc-proj":
             x = self.projection(x)  # (B, L, c)
-        return self.norm(x.to(self.norm.weight.dtype))  # (B, L, c)
+        x = self.norm(x.to(self.norm.weight.dtype))  # (B, L, c)
+        if hasattr(self, "pool"):
+            return x, self.pool(x.mean(1))  # (B, pooled)
+        return x
 
 
 # ---- 4. The model --------------------------------------------------------------------
 class Prompt(NamedTuple):
     """What pass 1 leaves of B prompts: all that the queries can see."""
 
-    cache: Any  # transformers' cache: keys and values of each layer
+    cache: Any  # keys and values of each layer
     hidden: torch.Tensor  # (B, T, d), the last hidden states
     mask: torch.Tensor  # (B, T), 0 at padding
     positions: torch.Tensor  # (B, T), or (3, B, T) for Qwen2.5-VL
@@ -422,6 +425,7 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
         self.format = self.format_class(processor, mllm.config)
         self.tokenizer = self.format.tokenizer
         self.generation_config = dict(GENERATION)
+        self.is_offloaded = False
 
         d = mllm.config.get_text_config().hidden_size
         self.queries = nn.Parameter(torch.randn(config.num_queries, d) * 0.02)  # (N, d)
@@ -430,7 +434,9 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
             if "caption_channels" in diffusion.config:  # Sana
                 gain = SANA_GAIN
             layers, design = config.connector_layers, config.connector
-            connector = Connector(d, caption_width(diffusion), layers, design, gain)
+            pooled = diffusion.config.get("pooled_projection_dim", 0)
+            c = caption_width(diffusion)
+            connector = Connector(d, c, layers, design, gain, pooled)
         self.connector = connector
 
         self.queries.requires_grad_(config.condition_on == "queries")
@@ -440,8 +446,9 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
 
     @property
     def is_flow(self):
-        """Whether the diffusion model predicts a velocity (Sana), not noise (SD1.5)."""
-        return "flow" in str(self.scheduler.config.get("prediction_type"))
+        """Whether the diffusion model predicts a velocity (Sana, SD3), not noise (SD1.5)."""
+        prediction = self.scheduler.config.get("prediction_type")
+        return "flow" in f"{type(self.scheduler).__name__} {prediction}".lower()
 
     @property
     def downsampling(self):
@@ -455,23 +462,49 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
         """Pixels along a side of the images that the diffusion model is made for."""
         return self.diffusion.config.sample_size * self.downsampling
 
-    def encode_prompts(self, prompts, images=None):
-        """The condition for the diffusion model: cond (B, L, c), its mask (B, L) or None.
+    def offload_to(self, device):
+        """Keep the parts on the CPU; each visits `device` while it works. Only to generate
+        and answer: the largest part must fit the device, not all of them."""
+        self.to("cpu")
+        self.queries.data = self.queries.data.to(device)
+        self.is_offloaded = True
+        return self
 
-        prompts: B strings; images: as for `image_lists`. L is N, or the prompts' length T
-        for condition_on "last_layer"."""
+    @contextmanager
+    def visit(self, part):
+        """Where the model is offloaded, `part` is on the queries' device in this context."""
+        if self.is_offloaded:
+            part.to(self.queries.device)
+        try:
+            yield
+        finally:
+            if self.is_offloaded:
+                part.to("cpu")
+
+    def encode_prompts(self, prompts, images=None):
+        """The condition for the diffusion model: cond (B, L, c), and None.
+
+        prompts: B strings; images: as for `image_lists`. L is N. For condition_on
+        "last_layer", L is the prompts' length T, and the mask (B, T) is second; for
+        SD3-type models the pooled condition (B, p) is."""
         if isinstance(prompts, str):
             prompts = [prompts]
         return self.encode_inputs(self.format(prompts, images))
 
     def encode_inputs(self, inputs):
         """As `encode_prompts`, for what `self.format` made of the prompts (§3.1)."""
-        prompt = self.read_prompt(inputs)
         dtype = next(self.connector.parameters()).dtype
-        if self.config.condition_on == "last_layer":
-            return self.connector(prompt.hidden.to(dtype), prompt.mask), prompt.mask
-        hidden = self.run_queries(prompt)  # (B, N, d)
-        return self.connector(hidden.to(dtype)), None
+        with self.visit(self.mllm):
+            prompt = self.read_prompt(inputs)
+            if self.config.condition_on != "last_layer":
+                hidden = self.run_queries(prompt)  # (B, N, d)
+        with self.visit(self.connector):
+            if self.config.condition_on == "last_layer":
+                return self.connector(prompt.hidden.to(dtype), prompt.mask), prompt.mask
+            cond = self.connector(hidden.to(dtype))  # (B, N, c)
+        if isinstance(cond, tuple):
+            return cond  # with the pooled condition
+        return cond, None
 
     def read_prompt(self, inputs):
         """Pass 1: the prompts alone, without gradient. Returns a `Prompt`.
@@ -538,13 +571,13 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
         if len(prompts["input_ids"]) != len(targets) or not targets.is_floating_point():
             raise InputError("targets must be floats in [-1, 1], one for each prompt.")
         x = self.encode_latents(targets)  # (B, C, h, w)
-        cond, cond_mask = self.encode_inputs(prompts)  # (B, L, c)
+        cond, extra = self.encode_inputs(prompts)  # (B, L, c)
 
         if u is None:
             u = torch.rand(len(x), device=x.device)  # (B·K,)
         repeats = len(u) // len(x)  # K
         x = x.repeat_interleave(repeats, 0)  # (B·K, C, h, w)
-        cond, cond_mask = repeat(cond, repeats), repeat(cond_mask, repeats)
+        cond, extra = repeat(cond, repeats), repeat(extra, repeats)
         if noise is None:
             noise = torch.randn_like(x)  # (B·K, C, h, w)
 
@@ -562,16 +595,26 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
             if self.scheduler.config.prediction_type == "v_prediction":
                 # √ᾱ_t·ε − √(1 − ᾱ_t)·x
                 target = self.scheduler.get_velocity(x, noise, timestep)
-        return F.mse_loss(self.denoise(noisy, timestep, cond, cond_mask), target)
+        return F.mse_loss(self.denoise(noisy, timestep, cond, extra), target)
 
-    def denoise(self, x, timestep, cond, cond_mask):
-        """The diffusion model's prediction (B, C, h, w) for latents x at timestep (B,)."""
+    def denoise(self, x, timestep, cond, extra=None):
+        """The diffusion model's prediction (B, C, h, w) for latents x at timestep (B,).
+
+        cond, extra: as of `encode_prompts`."""
         dtype = self.diffusion.dtype
+        options = {"encoder_attention_mask": extra}
+        if "pooled_projection_dim" in self.diffusion.config:  # SD3
+            options = {"pooled_projections": extra.to(dtype)}
         output = self.diffusion(
-            x.to(dtype), timestep=timestep, encoder_hidden_states=cond.to(dtype),
-            encoder_attention_mask=cond_mask,
-        )  # fmt: skip
+            x.to(dtype), timestep=timestep, encoder_hidden_states=cond.to(dtype), **options
+        )
         return output.sample.float()
+
+    def new_solver(self):
+        """A new solver of the equation that sampling follows: DPM-Solver, or SD3's own."""
+        if isinstance(self.scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
+            return type(self.scheduler).from_config(self.scheduler.config)
+        return diffusers.DPMSolverMultistepScheduler.from_config(self.scheduler.config)
 
     @torch.no_grad()
     def generate(
@@ -581,12 +624,13 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
     ):  # fmt: skip
         """Generate a list of PIL images, `num_images_per_prompt` for each prompt in turn.
 
-        images: as for `image_lists`. negative_prompt: one, or one for each prompt. What is None is the checkpoint's own, or for height
-        and width `resolution`, in pixels. No guidance: guidance_scale g = 1,
-        image_guidance_scale g_img ≤ 1. generator: a torch.Generator, or a list of B·n,
-        seeds the noise as in a diffusers pipeline. callback(guess) is called after each
-        step with latents (B·n, C, h, w), the solver's current estimate of the clean
-        latents. Raises InputError for bad arguments, or if the latents are not finite."""
+        images: as for `image_lists`. negative_prompt: one, or one for each prompt. What is
+        None is the checkpoint's own, or for height and width `resolution`, in pixels. No
+        guidance: guidance_scale g = 1, image_guidance_scale g_img ≤ 1. generator: a
+        torch.Generator, or a list of B·n, seeds the noise as in a diffusers pipeline.
+        callback(guess) is called after each step with latents (B·n, C, h, w), the solver's
+        current estimate of the clean latents. Raises InputError for bad arguments, or if
+        the latents are not finite."""
         if isinstance(prompts, str):
             prompts = [prompts]
         prompts, images = list(prompts), image_lists(prompts, images)
@@ -616,28 +660,31 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
             all_prompts += negative
             all_images += [black_like(row) for row in images]
         branches = len(all_prompts) // len(prompts)
-        cond, cond_mask = self.encode_prompts(all_prompts, all_images)  # (branches·B, L, c)
+        cond, extra = self.encode_prompts(all_prompts, all_images)  # (branches·B, L, c)
         cond = repeat(cond, num_images_per_prompt)
-        cond_mask = repeat(cond_mask, num_images_per_prompt)
+        extra = repeat(extra, num_images_per_prompt)
 
         # The model has learned the velocity dx_σ/dσ = ε − x. To generate is to follow it
         # from noise, σ = 1, to an image, σ = 0: an ordinary differential equation, which
         # is nearly a straight line and so needs few steps of a solver.
-        solver = diffusers.DPMSolverMultistepScheduler.from_config(self.scheduler.config)
+        solver = self.new_solver()
         solver.set_timesteps(num_inference_steps, device=self.queries.device)
         h, w = self.latent_size(height, width)
         channels = self.diffusion.config.in_channels
         shape = (len(prompts) * num_images_per_prompt, channels, h, w)
         noise = randn_tensor(shape, generator, self.queries.device, torch.float32)
-        x = noise * solver.init_noise_sigma  # (B·n, C, h, w)
+        x = noise * getattr(solver, "init_noise_sigma", 1.0)  # (B·n, C, h, w)
 
-        for timestep in solver.timesteps:
-            noisy = solver.scale_model_input(x, timestep).repeat(branches, 1, 1, 1)
-            v = self.denoise(noisy, timestep.expand(len(noisy)), cond, cond_mask)
-            v = guide(v.chunk(branches), guidance_scale, image_guidance_scale)
-            x = solver.step(v, timestep, x).prev_sample  # (B·n, C, h, w)
-            if callback:
-                callback(solver.model_outputs[-1])
+        with self.visit(self.diffusion):
+            for timestep in solver.timesteps:
+                noisy = x.repeat(branches, 1, 1, 1)  # (branches·B·n, C, h, w)
+                v = self.denoise(noisy, timestep.expand(len(noisy)), cond, extra)
+                v = guide(v.chunk(branches), guidance_scale, image_guidance_scale)
+                if callback and not hasattr(solver, "model_outputs"):
+                    callback(x - timestep / 1000 * v)  # x̂ = x_σ − σ·v
+                x = solver.step(v, timestep, x).prev_sample  # (B·n, C, h, w)
+                if callback and hasattr(solver, "model_outputs"):
+                    callback(solver.model_outputs[-1])
 
         if not x.isfinite().all():
             fix = "lower guidance_scale, use bfloat16 or float32, or check the weights"
@@ -652,7 +699,7 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
         sizes = []
         for name, pixels in (("height", height), ("width", width)):
             if pixels is None:
-                pixels = self.resolution
+                pixels = self.generation_config.get(name) or self.resolution
             if pixels < 1 or pixels % unit and pixels != self.resolution:
                 raise InputError(f"{name} is {pixels}: give a multiple of {unit}.")
             sizes.append(pixels // self.downsampling)
@@ -668,7 +715,8 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
             images = [images]
         inputs = to_device(self.format([prompt], images, system), self.queries.device)
         options = {"max_new_tokens": max_new_tokens, "do_sample": False}
-        tokens = self.mllm.generate(**inputs, **options, streamer=streamer)
+        with self.visit(self.mllm):
+            tokens = self.mllm.generate(**inputs, **options, streamer=streamer)
         new = tokens[:, inputs["input_ids"].shape[1] :]
         return self.tokenizer.batch_decode(new, skip_special_tokens=True)[0].strip()
 
@@ -690,7 +738,8 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
         """Latents (B, C, h, w) to a list of B PIL images."""
         shift = self.vae.config.get("shift_factor") or 0
         z = latents / self.vae.config.scaling_factor + shift
-        pixels = self.vae.decode(z.to(self.vae.dtype)).sample.float()  # (B, 3, H, W)
+        with self.visit(self.vae):
+            pixels = self.vae.decode(z.to(self.vae.dtype)).sample.float()  # (B, 3, H, W)
         arrays = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte()
         return [Image.fromarray(a) for a in arrays.permute(0, 2, 3, 1).cpu().numpy()]
 
@@ -702,16 +751,18 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
             if parameter.requires_grad or name == "queries"  # random ones are kept too
         }
 
-    def load_trained_state_dict(self, state, source, assign=False):
-        """Load a `trained_state_dict`; raises InputError if it does not fit the config."""
+    def load_trained_state_dict(self, state, source, dtype=None):
+        """Load a `trained_state_dict`; raises InputError if it does not fit the config.
+
+        dtype: the weights become these tensors, in this dtype; None: they are copied."""
         expected = self.trained_state_dict()
         fits = {n for n in expected if n in state and state[n].shape == expected[n].shape}
         wrong = [name for name in expected | state if name not in fits]
         if wrong:
             reason = f"{len(wrong)} weights of {source} do not fit the config"
             raise InputError(f"{reason}, first {wrong[0]}: use the flags of its training.")
-        state = {name: state[name].to(expected[name].dtype) for name in expected}
-        self.load_state_dict(state, strict=False, assign=assign)
+        state = {name: x.to(dtype or x.dtype) for name, x in state.items()}
+        self.load_state_dict(state, strict=False, assign=dtype is not None)
 
     def _save_pretrained(self, folder):  # called by save_pretrained and push_to_hub
         save_checkpoint(self, self.trained_state_dict(), folder)
@@ -725,15 +776,20 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
         return cls(config, mllm, processor, diffusion, vae, scheduler)
 
     @classmethod
-    def from_pretrained(cls, folder, dtype=torch.float32, **changes):
+    def from_pretrained(
+        cls, folder, dtype=torch.float32, trained_dtype=torch.float32, **changes
+    ):
         """Load a checkpoint, a folder or a hub id; `changes` replace fields of its config.
+
+        Frozen parts are in `dtype`, those that the checkpoint holds in `trained_dtype`.
         Raises InputError if it is missing, corrupt or does not fit the config."""
         config, state, generation_config = read_checkpoint(folder, changes)
         mllm, processor = load_mllm(config, dtype)
-        diffusion, vae, scheduler = load_diffusion(config, dtype)
-        with torch.device("meta"):  # queries and connector come from the checkpoint
+        saved = any(name.startswith("diffusion.") for name in state)
+        diffusion, vae, scheduler = load_diffusion(config, dtype, without_weights=saved)
+        with init_empty_weights():  # nothing is initialised that the checkpoint replaces
             model = cls(config, mllm, processor, diffusion, vae, scheduler)
-        model.load_trained_state_dict(state, folder, assign=True)
+        model.load_trained_state_dict(state, folder, trained_dtype)
         model.generation_config |= generation_config
         return model
 
@@ -757,7 +813,8 @@ def repeat(x, times):
 # ---- 5. Loading the parts ------------------------------------------------------------
 def caption_width(diffusion):
     """c, the width of a diffusion model's text condition: 2304 for Sana, 768 for SD1.5."""
-    return diffusion.config.get("caption_channels") or diffusion.config.cross_attention_dim
+    names = ("caption_channels", "joint_attention_dim", "cross_attention_dim")
+    return next(diffusion.config[name] for name in names if diffusion.config.get(name))
 
 
 @contextmanager
@@ -808,21 +865,29 @@ def load_mllm(config, dtype):
         return load_weights(model_class, name, "--mllm", dtype=dtype), processor
 
 
-def load_diffusion(config, dtype):
-    """(diffusion model, VAE, scheduler): Sana's transformer, or Stable Diffusion's UNet."""
+def load_diffusion(config, dtype, without_weights=False):
+    """(diffusion model, VAE, scheduler): Sana's or SD3's transformer, or SD1.5's UNet."""
     name, load = config.diffusion, diffusers.AutoModel
     with loading(name, "--diffusion"):
         try:
             load.load_config(name, subfolder="transformer")
-            part, scheduler = "transformer", diffusers.DPMSolverMultistepScheduler
+            part, scheduler_class = "transformer", diffusers.DPMSolverMultistepScheduler
         except OSError:  # it has no such folder
-            part, scheduler = "unet", diffusers.DDPMScheduler
-        scheduler = scheduler.from_pretrained(name, subfolder="scheduler")
+            part, scheduler_class = "unet", diffusers.DDPMScheduler
+        settings = scheduler_class.load_config(name, subfolder="scheduler")
+        if settings["_class_name"] == "FlowMatchEulerDiscreteScheduler":  # SD3
+            scheduler_class = diffusers.FlowMatchEulerDiscreteScheduler
+        scheduler = scheduler_class.from_config(settings)
         trained_dtype = dtype
         if config.train_diffusion:
             trained_dtype = torch.float32
-        options = {"subfolder": part, "torch_dtype": trained_dtype}
-        diffusion = load_weights(load, name, "--diffusion", **options)
+        if without_weights:  # a checkpoint has them
+            settings = load.load_config(name, subfolder=part)
+            with init_empty_weights():
+                diffusion = getattr(diffusers, settings["_class_name"]).from_config(settings)
+        else:
+            options = {"subfolder": part, "torch_dtype": trained_dtype}
+            diffusion = load_weights(load, name, "--diffusion", **options)
     with loading(config.vae or name, "--vae"):
         options = {"torch_dtype": dtype}
         if not config.vae:

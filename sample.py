@@ -17,7 +17,6 @@ import argparse
 import json
 import math
 import os
-from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -26,7 +25,8 @@ from PIL import Image, PngImagePlugin
 import cli
 
 # Functions import metaquery and torch, which takes seconds, so that --help takes none.
-TINY = str(Path(__file__).resolve().parent / "weights" / "tiny")
+HERE = Path(__file__).resolve().parent
+TINY = str(HERE / "weights" / "tiny")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}  # image files in a folder
 GAP_COLOR = (190, 190, 190)  # between the images of a grid: seen beside white and black
 # What --rewrite asks the MLLM. How the paper's prompts were rewritten is not published.
@@ -81,69 +81,55 @@ def save_image(image, path, **notes):
 
 
 # ---- Files of prompts ----------------------------------------------------------------
-@dataclass
-class Job:
-    """What to generate from: a line of a file of prompts, or why it cannot be read."""
-
-    prompt: str = ""
-    images: list = field(default_factory=list)  # file names
-    negative_prompt: str = ""
-    seed: int = 0
-    height: int | None = None
-    width: int | None = None
-    folder: str = ""  # where the images are looked for first
-    error: str = ""
-    number: int = 0  # of the line
+KEYS = {"prompt": str, "images": list, "negative_prompt": str, "seed": int,
+        "height": int, "width": int}  # fmt: skip
 
 
-def read_jobs(path, defaults):
-    """A `Job` for each line of a file; `defaults`, a Job, has what a line leaves out.
-
-    A line that cannot be read has its `error` set, and loses no other."""
-    jobs = []
+def read_rows(path):
+    """For each line of a file of prompts a dict with some of KEYS, or an "error"."""
     try:
-        lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+        data = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
+        if b"\0" in data:
+            raise OSError("it holds no text")
     except OSError as error:
-        cli.fail(f"cannot read --prompts {path} ({error.strerror}): give a text file.")
+        cli.fail(f"cannot read --prompts {path} ({error}): give a text file.")
 
-    for number, line in enumerate(lines, 1):
+    rows = []
+    for number, line in enumerate(data.split(b"\n"), 1):
         try:
-            row = {"prompt": line.decode().strip()}
-            if not row["prompt"]:
+            row = line.decode().strip()
+            if not row:
                 continue
             if path.lower().endswith(".jsonl"):
-                row = json.loads(row["prompt"])
-            job = job_of(row, defaults)
+                row = json.loads(row)
+            rows.append(check_row(row))
         except (ValueError, RecursionError) as error:
-            job = Job(error=f"{path} line {number}: {error}.")
-        job.number = len(jobs)
-        jobs.append(job)
-    if not jobs:
+            rows.append({"error": f"{path} line {number}: {error}."})
+    if not rows:
         cli.fail(f"--prompts {path} is empty: write one prompt a line.")
-    return jobs
+    return rows
 
 
-def job_of(row, defaults):
-    """The `Job` of a dict with some of its fields; raises ValueError."""
-    if not isinstance(row, dict) or not row.keys() & {"prompt", "images"}:
+def check_row(row):
+    """A prompt, or a dict with some of KEYS, as a dict of flags; raises ValueError."""
+    if isinstance(row, str):
+        row = {"prompt": row}
+    if not isinstance(row, dict) or "image" in row:
         raise ValueError('give an object with "prompt" or "images"')
-    if "image" in row:
-        raise ValueError('write "images" for "image"')
+    row = {name: row[name] for name in KEYS if row.get(name) is not None}
+    if not row.keys() & {"prompt", "images"}:
+        raise ValueError('give "prompt" or "images"')
     if isinstance(row.get("images"), str):
         row["images"] = [row["images"]]
-    known = {}
-    for name, kind in Job.__annotations__.items():
-        if row.get(name) is not None:
-            if not isinstance(row[name], kind):
-                raise ValueError(f'"{name}" cannot be {row[name]!r}')
-            known[name] = row[name]
 
-    job = replace(defaults, **known)
-    job.prompt = " ".join(job.prompt.split())  # no-break spaces too
-    f"{job.prompt} {job.negative_prompt}".encode()  # a ValueError if it is no text
-    if not 0 <= job.seed <= cli.MAX_SEED:
-        raise ValueError(f'"seed" is {job.seed}: give 0 to {cli.MAX_SEED}')
-    return job
+    for name, value in row.items():
+        if not isinstance(value, KEYS[name]):
+            raise ValueError(f'"{name}" cannot be {value!r}')
+    if not 0 <= row.get("seed", 0) <= cli.MAX_SEED:
+        raise ValueError(f'"seed" is {row["seed"]}: give 0 to {cli.MAX_SEED}')
+    row["prompt"] = " ".join(row.get("prompt", "").split())  # no-break spaces too
+    json.dumps(row, ensure_ascii=False).encode()  # a ValueError if it is no Unicode
+    return row
 
 
 # ---- Models and flags ----------------------------------------------------------------
@@ -197,9 +183,8 @@ def load_model(args, exact=False):
     return model.to(device, dtype).eval()
 
 
-def generate(
-    model, rows, args, seeds=None, num_images=None, negative=None, callback=None
-):
+def generate(model, rows, args, seeds=None, num_images=None, negative=None,
+             callback=None):  # fmt: skip
     """Generate from (prompt, PIL images) rows: for each a list of PIL images.
 
     seeds: each row's noise, as if it were generated alone. negative: a prompt, or one
@@ -253,32 +238,36 @@ def parse_arguments():
     cli.set_up(parser)
     add = parser.add_argument
     add("prompt", nargs="?", help='what to generate, in quotes; "" is unconditional')
-    add("--image", action="append", default=[], help="a source image's file (up to 6)")
+    add("--image", action="append", default=[], dest="images", metavar="FILE",
+        help="a source image; up to 6")  # fmt: skip
     add("--prompts", metavar="FILE", help="many prompts: one a line, or .jsonl")
     add("--ask", action="store_true", help="answer in text; generate nothing")
     add("--rewrite", action="store_true", help="the MLLM writes the prompt out first")
     add("--out", help="x.png: that file, a grid if several; else a folder of numbered "
         "files (a new sample.png; with --prompts a new folder samples)")  # fmt: skip
     add_generation_options(parser)
+    parser.set_defaults(error="")
     args = parser.parse_args()
 
-    single = args.prompt is not None or bool(args.image)
-    if single == (args.prompts is not None):
-        cli.fail('give a prompt or --image, or else --prompts FILE (see "--help").')
     if args.ask and not (args.prompt or args.prompts):
         cli.fail("--ask needs a question: write it in quotes.")
-    for name in ("out", "rewrite", "negative_prompt", "guidance", "image_guidance",
-                 "steps", "seed", "height", "width", "num_images", "batch_size"):  # fmt: skip
+    single = args.prompt is not None or bool(args.images)
+    if single == (args.prompts is not None):
+        cli.fail('give a prompt or --image, or else --prompts FILE (see "--help").')
+    args.prompt = args.prompt or ""
+    idle = ["out", "rewrite", "negative_prompt", "guidance", "image_guidance", "steps"]
+    idle += ["seed", "height", "width", "num_images", "batch_size"]
+    for name in idle:
         if args.ask and getattr(args, name) != parser.get_default(name):
             flag = name.replace("_", "-")
             cli.fail(f"--{flag} has no effect with --ask: leave it out.")
-    if args.out is not None and not args.ask:
+    if args.out is not None:
         if cli.check_writable(args.out).suffix.lower() not in ("", *SUFFIXES):
             cli.fail(f"--out {args.out} is no image file: end it in .png.")
     return args
 
 
-def prepare(model, job, args):
+def prepare(model, job):
     """((prompt, PIL images), notes for the PNG) of a job. Raises InputError.
 
     Prints what the MLLM makes of the prompt."""
@@ -286,20 +275,37 @@ def prepare(model, job, args):
 
     if job.error or len(job.images) > MAX_IMAGES:
         raise InputError(job.error or f"too many images: give at most {MAX_IMAGES}.")
-    images = [open_image(name, job.folder) for name in job.images]
+    folder = Path(job.prompts or "").parent
+    images = [open_image(name, folder) for name in job.images]
     model.latent_size(job.height, job.width)  # refuses some sizes
 
+    notes = {"prompt": job.prompt, "seed": job.seed, "steps": job.steps}
+    notes |= {"guidance": job.guidance, "image guidance": job.image_guidance}
+    notes |= {"checkpoint": job.checkpoint.removeprefix(f"{HERE}/")}
     prompt = job.prompt
-    notes = {"prompt": prompt, "seed": job.seed}
-    if args.rewrite:
+    if job.rewrite:
         prompt = rewrite(model, prompt, images)
         notes["rewritten as"] = prompt
         print(f"rewritten as: {prompt}", flush=True)
-    restated = restate(model, prompt, images)
-    if restated and not args.ask:
+    if not job.ask and (restated := restate(model, prompt, images)):
         notes["drawn as"] = restated
         print(f"drawn as: {restated}", flush=True)
     return (prompt, images), notes
+
+
+def answer_jobs(model, jobs):
+    """Print the MLLM's answer to every job, as it comes."""
+    from transformers import TextStreamer
+
+    from metaquery import InputError
+
+    options = {"skip_prompt": True, "skip_special_tokens": True}
+    for job in jobs:
+        try:
+            row, _ = prepare(model, job)
+            model.answer(*row, streamer=TextStreamer(model.tokenizer, **options))
+        except InputError as error:
+            job.error = str(error)
 
 
 def generate_jobs(model, jobs, args):
@@ -313,35 +319,28 @@ def generate_jobs(model, jobs, args):
     for _, group in groupby(jobs, lambda job: (job.height, job.width)):
         group = list(group)
         batches += [group[start : start + size] for start in range(0, len(group), size)]
-    settings = {"steps": args.steps, "guidance": args.guidance}
-    settings |= {"image guidance": args.image_guidance, "checkpoint": args.checkpoint}
-    out, sheet, count = args.out, [], 0
 
+    out, sheet, count = args.out, [], 0
     # The bar appears where it takes long, and leaves no line behind.
     bar = tqdm(total=args.steps * len(batches), delay=2, leave=False)
     for batch in batches:
-        ready, rows, notes = [], [], []
+        ready = []
         for job in batch:
             try:
-                row, texts = prepare(model, job, args)
+                ready.append((job, *prepare(model, job)))
             except InputError as error:
                 job.error = str(error)
-                continue
-            ready.append(job)
-            rows.append(row)
-            notes.append(texts | settings)
         if not ready:
             continue
-
-        args.height, args.width = ready[0].height, ready[0].width
-        seeds = [job.seed for job in ready]
-        negative = [job.negative_prompt for job in ready]
+        good, rows, notes = zip(*ready, strict=True)
+        seeds = [job.seed for job in good]
+        negative = [job.negative_prompt for job in good]
         step = lambda _: bar.update()  # noqa: E731
-        results = generate(model, rows, args, seeds, None, negative, callback=step)
+        results = generate(model, rows, good[0], seeds, None, negative, step)
 
         # A new name is taken once there is something to save.
         out = Path(out or cli.free_name("samples" if args.prompts else "sample.png"))
-        for job, texts, images in zip(ready, notes, results, strict=True):
+        for job, texts, images in zip(good, notes, results, strict=True):
             count += len(images)
             if out.suffix:
                 sheet += images
@@ -352,47 +351,32 @@ def generate_jobs(model, jobs, args):
     bar.close()
 
     if sheet:
-        image = sheet[0] if len(sheet) == 1 else grid(sheet)
-        save_image(image, out, **texts)
+        texts["prompt"] = "\n".join(job.prompt for job in jobs if not job.error)
+        save_image(sheet[0] if len(sheet) == 1 else grid(sheet), out, **texts)
     if count:
         print(f"saved {out}" if out.suffix else f"saved {count} images in {out}")
 
 
-def answer_jobs(model, jobs, args):
-    """Print the MLLM's answer to every job, as it comes."""
-    from transformers import TextStreamer
-
-    from metaquery import InputError
-
-    for job in jobs:
-        try:
-            row, _ = prepare(model, job, args)
-            streamer = TextStreamer(
-                model.tokenizer, skip_prompt=True, skip_special_tokens=True
-            )
-            model.answer(*row, streamer=streamer)
-        except InputError as error:
-            job.error = str(error)
-
-
 def main():
     args = parse_arguments()
-    defaults = Job("", [], args.negative_prompt, args.seed, args.height, args.width)
-    jobs = [replace(defaults, prompt=args.prompt or "", images=args.image)]
+    rows = [{}]  # what each prompt changes of the flags
     if args.prompts is not None:
-        defaults.folder = str(Path(args.prompts).parent)
-        jobs = read_jobs(args.prompts, defaults)
-
-    if not all(job.error for job in jobs):
+        rows = read_rows(args.prompts)
+    errors = [row.get("error", "") for row in rows]
+    if not all(errors):
         with cli.errors_in_one_line():
             model = load_model(args, exact=True)
+            jobs = []
+            for number, row in enumerate(rows):
+                jobs.append(argparse.Namespace(**(vars(args) | row), number=number))
             if args.ask:
-                answer_jobs(model, jobs, args)
+                answer_jobs(model, jobs)
             else:
                 generate_jobs(model, jobs, args)
-    errors = [f"prompt {n}: {job.error}" for n, job in enumerate(jobs, 1) if job.error]
-    if errors:
-        cli.fail(" ".join(errors).removeprefix("prompt 1: " if len(jobs) == 1 else ""))
+        errors = [job.error for job in jobs]
+    if any(errors):
+        lines = [f"prompt {n}: {error}" for n, error in enumerate(errors, 1) if error]
+        cli.fail(" ".join(lines).removeprefix("prompt 1: " if len(rows) == 1 else ""))
 
 
 if __name__ == "__main__":

@@ -1,28 +1,38 @@
-"""Rows to batches, made in the loader's workers: tokens, pixels and noise."""
+"""Rows to batches, read and processed by the loader's workers: tokens, pixels and noise."""
 
 import random
+import re
 import signal
+import sys
+from collections import defaultdict
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from data.sources import OnDisk, Row, Streamed
-from metaquery import drop_conditions, resize_and_crop
-from toy.tasks import task
+from data.sources import (
+    UNREADABLE,
+    Row,
+    Streamed,
+    open_sources,
+    read_row,
+    reason_of,
+    resume_place,
+    turn,
+)
+from metaquery import InputError, drop_conditions, to_pixels
+from toy.tasks import MIXTURES, task
 
-# What tells a run to finish its step, save and end.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+MAX_BROKEN = 1000  # broken rows in a row, from the first on, that end a run
 
 
 class MicroBatch(NamedTuple):
-    """What one forward pass takes."""
+    """Inputs of one forward pass, for b samples with K noises each."""
 
-    inputs: dict  # of the MLLM
+    inputs: dict  # the MLLM's
     targets: torch.Tensor  # (b, 3, H, W) in [-1, 1]
-    noise: torch.Tensor  # ε (b, C, h, w)
-    sigma: torch.Tensor  # σ (b,) in (0, 1]
+    noise: torch.Tensor  # ε (b·K, C, h, w)
+    u: torch.Tensor  # (b·K,) in [0, 1): the model turns it into noise levels
 
 
 class Batch(NamedTuple):
@@ -32,8 +42,10 @@ class Batch(NamedTuple):
     skipped: int  # broken rows
 
 
-class ToyTasks(Dataset):
-    """The toy world's tasks of some kinds, by weight: the index alone decides."""
+class ToyTasks:
+    """The toy world's tasks of some kinds, by weight. Deterministic in the index."""
+
+    name, epoch = "toy", 0
 
     def __init__(self, kinds, seed):
         self.kinds, self.weights = list(kinds), list(kinds.values())
@@ -42,98 +54,244 @@ class ToyTasks(Dataset):
     def __getitem__(self, index):
         kind = random.Random(f"{self.seed} {index}").choices(self.kinds, self.weights)[0]
         chosen = task(kind, index, self.seed)
-        return Row(chosen.prompt, chosen.images, chosen.picture, 0, index)
+        return Row(chosen.prompt, chosen.images, chosen.picture, index)
 
 
-def noise_of(indices, shape, seed):
-    """ε (B, C, h, w), σ (B,) in (0, 1] and u (B,) in [0, 1), of the index, not of the batching."""
-    noise, sigma, u = [], [], []
-    for index in indices:
-        generator = torch.Generator().manual_seed(hash((seed, int(index))) % (1 << 62))
-        sigma.append(1 - torch.rand((), generator=generator))
+def noise_of(index, shape, seed, count):
+    """(ε (count, C, h, w), u (count,) and a coin for dropped conditions, both in [0, 1)).
+
+    Seeded per sample, so independent of batch size and number of processes."""
+    generator = torch.Generator().manual_seed(hash((seed, int(index))) % (1 << 62))
+    u = [torch.rand((), generator=generator)]
+    coin = torch.rand((), generator=generator).item()
+    noise = [torch.randn(shape, generator=generator)]
+    for _ in range(count - 1):
         u.append(torch.rand((), generator=generator))
         noise.append(torch.randn(shape, generator=generator))
-    return torch.stack(noise), torch.stack(sigma), torch.stack(u)
-
-
-def to_pixels(pictures, resolution):
-    """PIL pictures, centre-cropped, as (B, 3, resolution, resolution) float32 in [-1, 1]."""
-    size = (resolution, resolution)
-    arrays = [np.asarray(resize_and_crop(picture, size)) for picture in pictures]
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.stack(noise), torch.stack(u), coin
 
 
 class Collate:
-    """Makes a `Batch` of rows, for a model's inputs, latents and resolution."""
+    """Makes a `Batch` of rows. It holds no weights, so that loader workers can have it.
 
-    def __init__(self, model, config):
-        self.config = config
-        self.prepare_inputs = model.prepare_inputs
-        self.resolution = resolution_of(model)
-        side = model.diffusion.config.sample_size
-        self.latent_shape = (model.diffusion.config.in_channels, side, side)
+    prompt_format: a PromptFormat. resolution: pixels a side of the targets. latent_shape:
+    (C, h, w). micro_batch_size: samples in a micro-batch, 0 for all."""
+
+    def __init__(self, prompt_format, resolution, latent_shape, stage, seed,
+                 micro_batch_size=0, noises_per_sample=1):  # fmt: skip
+        self.prompt_format, self.resolution = prompt_format, resolution
+        self.latent_shape, self.stage, self.seed = latent_shape, stage, seed
+        self.micro_batch_size, self.noises_per_sample = micro_batch_size, noises_per_sample
 
     def __call__(self, rows):
-        targets = to_pixels([row.target for row in rows], self.resolution)
-        indices = [row.index for row in rows]
-        noise, sigma, u = noise_of(indices, self.latent_shape, self.config.seed)
-        shift = self.config.sigma_shift
-        sigma = shift * sigma / (1 + (shift - 1) * sigma)  # Stable Diffusion 3, equation 23
-        conditions = [
-            drop_conditions(row.prompt, row.images, chance, self.config.stage)
-            for row, chance in zip(rows, u.tolist(), strict=True)
-        ]
+        samples = []
+        for row in rows:
+            noise, u, coin = noise_of(
+                row.index, self.latent_shape, self.seed, self.noises_per_sample
+            )
+            prompt, images = drop_conditions(row.prompt, row.images, coin, self.stage)
+            samples.append((prompt, images, row.target, noise, u))
+
         # Prompts of similar length go together, so that little is padding.
-        lengths = [(len(images), len(prompt)) for prompt, images in conditions]
-        order = sorted(range(len(rows)), key=lengths.__getitem__)
-        size = self.config.micro_batch_size or len(rows)
+        samples.sort(key=lambda sample: (len(sample[1]), len(sample[0] or "")))
+        size = self.micro_batch_size or len(samples)
         micro_batches = []
-        for start in range(0, len(rows), size):
-            some = order[start : start + size]
-            prompts, images = zip(*(conditions[row] for row in some), strict=True)
-            inputs = dict(self.prepare_inputs(prompts, images))
-            micro_batches.append(MicroBatch(inputs, targets[some], noise[some], sigma[some]))
-        return Batch(micro_batches, sum(row.skipped for row in rows))
+        for start in range(0, len(samples), size):
+            prompts, images, targets, noise, u = zip(*samples[start : start + size], strict=True)
+            inputs = dict(self.prompt_format(prompts, list(images)))
+            pixels = to_pixels(targets, self.resolution)
+            micro_batches.append(MicroBatch(inputs, pixels, torch.cat(noise), torch.cat(u)))
+        return Batch(micro_batches, 0)
+
+
+class Report:
+    """What a reader did for one batch: rows read and skipped, and its place afterwards."""
+
+    def __init__(self):
+        self.read = defaultdict(int)  # {(number of the source, epoch): rows}
+        self.skipped = []  # (number of the source, epoch, name of the row, reason)
+        self.place = None
+
+
+class Reader(IterableDataset):
+    """Reads and collates the batches of one process: (Batch, Report), or an InputError."""
+
+    def __init__(self, sources, weights, collate, steps, share, rank, world, seed, places):
+        self.sources, self.weights, self.collate = sources, weights, collate
+        self.steps, self.share, self.rank, self.world = steps, share, rank, world
+        self.seed, self.places = seed, places
+        self.report, self.used = Report(), set()
+
+    def __iter__(self):
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        if self.places:
+            place = self.places[worker]
+            self.number, self.readers, self.taken = place["reader"], place["readers"], place["taken"]
+            self.open = [
+                Streamed(source, self.seed, self.number, self.readers, stream)
+                for source, stream in zip(self.sources, place["streams"], strict=True)
+            ]
+        else:
+            self.open = self.sources
+        try:
+            for step in self.steps[worker::workers]:
+                self.report = Report()
+                first = (step * self.world + self.rank) * self.share
+                batch = self.read_batch(range(first, first + self.share))
+                if self.places:
+                    streams = [stream.place() for stream in self.open]
+                    self.report.place = {"reader": self.number, "readers": self.readers,
+                                         "taken": self.taken, "streams": streams}  # fmt: skip
+                yield batch._replace(skipped=len(self.report.skipped)), self.report
+        except InputError as error:  # raised in the main process, on one line
+            yield error
+
+    def read_batch(self, indices):
+        """The batch of some sample indices. A row that the processor refuses is skipped too."""
+        rows = [self.take(index) for index in indices]
+        try:
+            batch = self.collate(rows)
+        except Exception:
+            rows = [row if self.fits(row) else self.take(row.index, self.fits) for row in rows]
+            batch = self.collate(rows)
+        self.used |= {row.origin[0] for row in rows}
+        return batch
+
+    def fits(self, row):
+        try:
+            self.collate([row])
+        except Exception as error:
+            self.report.skipped.append((*row.origin, reason_of(error)))
+            return False
+        return True
+
+    def take(self, index, fits=None):
+        """The usable `Row` for a sample index; raises InputError if there is none."""
+        if isinstance(self.open[0], ToyTasks):
+            return self.open[0][index]
+
+        number, place = turn(index, self.weights)
+        if self.places:  # each reader counts for itself: otherwise one may always miss a source
+            number, _ = turn(self.taken, self.weights)
+            self.taken += 1
+        source = self.open[number]
+        skipped_before = len(self.report.skipped)
+        for raw in source.candidates(place):
+            origin = (number, source.epoch, raw["name"])
+            self.report.read[origin[:2]] += 1
+            try:
+                row = Row(*read_row(raw, self.collate.stage, index, self.seed), index, origin)
+                if fits is None or fits(row):
+                    return row
+            except Exception as error:
+                self.report.skipped.append((*origin, reason_of(error)))
+            if number not in self.used and len(self.report.skipped) == MAX_BROKEN:
+                break
+
+        broken = self.report.skipped[skipped_before:]
+        if not broken:
+            reason = f"a reader, one of {self.readers}, finds no rows in --data {source.name}"
+            raise InputError(f"{reason}: use fewer --workers or processes, or more rows.")
+        _, _, name, reason = broken[0]
+        raise InputError(f"--data {source.name} has no usable row; first {name}: {reason}.")
+
+
+class Batches:
+    """The batches of one process, in order. Says on stderr what is skipped."""
+
+    def __init__(self, loader, sources, left, places, prefix):
+        self.loader, self.sources, self.left = iter(loader), sources, left
+        self.readers, self.prefix = places, prefix
+        self.epochs = [{}] * max(1, loader.num_workers)
+        self.read, self.skipped, self.kinds = defaultdict(int), defaultdict(list), set()
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        result = next(self.loader)
+        if isinstance(result, InputError):
+            raise result
+        batch, report = result
+
+        # The loader takes from its workers in turn: the one whose turn it was becomes the last.
+        if self.readers:
+            self.readers = [*self.readers[1:], report.place]
+        self.epochs = [*self.epochs[1:], self.epochs[0] | dict(report.read)]
+        self.left -= 1
+        self.count(report)
+        return batch
+
+    def places(self):
+        """Where this process's readers are after the last batch, for JSON; None if not streamed."""
+        return self.readers
+
+    def count(self, report):
+        """Name the first skipped row of each kind, and count them at the end of an epoch."""
+        for key, rows in report.read.items():
+            self.read[key] += rows
+        for number, epoch, name, reason in report.skipped:
+            self.skipped[number, epoch].append((name, reason))
+            kind = re.sub(r"\d+|'.*'", "", reason)
+            if reason.startswith(UNREADABLE):
+                kind = name  # each is named
+            if kind not in self.kinds:
+                self.kinds.add(kind)
+                self.say(f"{self.sources[number].name}: skipped {name}: {reason}")
+
+        for number, epoch in sorted(self.skipped):
+            newest = [max((e for n, e in seen if n == number), default=-1) for seen in self.epochs]
+            if min(newest) > epoch or not self.left:
+                skipped = self.skipped.pop((number, epoch))
+                shards = sum(reason.startswith(UNREADABLE) for _, reason in skipped)
+                rows = len(skipped) - shards
+                text = f"skipped {rows} of {self.read[number, epoch] - shards} rows"
+                if shards:
+                    text += f" and {shards} of {len(self.sources[number].shards)} shards"
+                name, reason = skipped[0]
+                where = f"{self.sources[number].name}: in epoch {epoch + 1}"
+                self.say(f"{where} {text}, first {name}: {reason}")
+
+    def say(self, text):
+        print(f"{self.prefix}--data {text}", file=sys.stderr, flush=True)
 
 
 def ignore_signals(worker):
     """Workers outlive the signals that end a run, so that its last step is complete."""
-    for name in STOP_SIGNALS:
-        signal.signal(name, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):  # Windows lacks the last
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
-def resolution_of(model):
-    """Pixels a side of the pictures that a MetaQuery's diffusion model draws."""
-    vae = model.vae.config
-    levels = vae.get("block_out_channels") or vae.encoder_block_out_channels
-    return model.diffusion.config.sample_size * 2 ** (len(levels) - 1)
+def unchanged(item):
+    return item
 
 
-def open_batches(config, rows, collate, first, rank, world):
-    """An iterator over this process's share of each step's rows, collated, from step `first` on.
+def open_batches(data, stage, collate, *, columns=None, streaming=False, first=0, steps,
+                 batch_size, seed=0, rank=0, world=1, workers=0, places=None):  # fmt: skip
+    """The `Batches` of one process, from step `first` to `steps`. Raises InputError.
 
-    rows: a dataset of `open_rows`, or the toy world's kinds of tasks and their weights.
-    """
-    share = config.batch_size // world
-    sampler = (
-        step * config.batch_size + rank * share + i
-        for step in range(first, config.steps)
-        for i in range(share)
-    )
-    if config.data == "toy":
-        dataset = ToyTasks(rows, config.seed)
-    elif config.streaming:
-        dataset = Streamed(rows, config.stage, config.seed, rank, world, first, share)
-        sampler = None
+    data: "toy", or datasets, see `parse_data`. batch_size: samples in a step of all processes.
+    columns: {role: column}, see `open_sources`. places: all processes' `places()` of the run to
+    resume. Toy samples and rows on disk depend on the step alone, not on processes or workers."""
+    readers, mine = max(1, workers), None
+    if data == "toy":
+        sources, weights = [ToyTasks(MIXTURES[stage], seed)], [1]
     else:
-        dataset = OnDisk(rows, config.stage, config.seed)
+        sources, weights = open_sources(data, stage, columns or {}, streaming, seed)
+    if data != "toy" and streaming:
+        saved = [place for process in places or [] for place in process]
+        mine = [
+            resume_place(saved, sources, seed, rank * readers + reader, world * readers)
+            for reader in range(readers)
+        ]
+
+    share = batch_size // world
+    reader = Reader(sources, weights, collate, range(first, steps), share, rank, world, seed, mine)
     loader = DataLoader(
-        dataset,
-        share,
-        sampler=sampler,
-        collate_fn=collate,
-        num_workers=config.workers,
-        pin_memory=torch.cuda.is_initialized(),
-        worker_init_fn=ignore_signals,
-    )
-    return iter(loader)
+        reader, batch_size=None, collate_fn=unchanged, num_workers=workers,
+        pin_memory=torch.cuda.is_initialized(), worker_init_fn=ignore_signals,
+    )  # fmt: skip
+    prefix = f"process {rank}: " if world > 1 else ""
+    return Batches(loader, sources, steps - first, mine, prefix)

@@ -1,222 +1,275 @@
-"""Measure speed and memory, ours beside the plain way, on the same weights in one run.
+"""Whole training steps and whole images, ours beside the plain way, in one process.
 
-    python -m extras.speed                 every row of speed.md
-    python -m extras.speed --rows a,g      some of them
-    python -m extras.speed --rows base     one loss of the base size at full width
-    python -m extras.speed --rows vae      the share of its training step that the VAE takes
-    python -m extras.speed --rows a,b,g --device cuda --batch 16        the same on a GPU
-    python -m extras.speed --rows training --device cuda      training and drawing at full width
+    python -m extras.speed --size base                          on a GPU
+    python -m extras.speed --size base --layers 6               on a CPU: fewer layers, real widths
+    python -m extras.speed                                      the tiny size
 
-The plain way is one pass over prompt and queries with gradient checkpointing, without the language
-head. Each figure is the median of --repeats runs, with the least and the most; memory is what the
-tensors of a step take beside the weights.
+Weights are random, of the real shapes. The plain way passes prompt and queries through the MLLM at
+once, with gradient, and encodes each image at each step. A step is forward, backward, clipping and
+AdamW; the ways take turns. A row begins with the plain way's time over its own: median, least and
+most of all turns. Several noise levels count as so many samples.
 """
 
 import argparse
-import json
-import os
-import subprocess
-import sys
+import platform
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
-from itertools import accumulate
-from multiprocessing import get_context
+import warnings
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
-import transformers
-from torch.profiler import profile
+from diffusers import DPMSolverMultistepScheduler, SanaPipeline
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoProcessor
 
-from extras.full_width import BATCHES, CACHE, now, one_loss, training, vae_arithmetic, vae_share
-from extras.sizes import MLLMS
-from metaquery import TINY, MetaQuery, MetaQueryConfig
-from training.attention import checkpoint_layers, choose_attention
+from cli import DTYPES, bounded, choose_dtype, device_of, errors_in_one_line, set_up
+from extras.architectures import build, mllm_config
+from metaquery import PRESETS, TINY, MetaQuery, MetaQueryConfig, to_device
+from notebooks.plain import one_pass
+from training.attention import KeepsLatents, choose_attention
+from training.distributed import precision
 
-WAYS = ("plain", "ours", "ours with checkpointed layers")
-CASES = {  # (b): what the prompt is, and its tokens
-    "one picture, 756 prompt tokens": 756,
-    "1,485 prompt tokens": 1485,
-    "four pictures, 2,943 prompt tokens": 2943,
-}
-
-
-def half_billion(device):
-    """A MetaQuery whose MLLM has the shape of Qwen2.5-0.5B, with random weights, and a toy Sana."""
-    folder = CACHE / "half-billion"
-    if not (folder / "model.safetensors").exists():
-        torch.manual_seed(0)
-        transformers.AutoTokenizer.from_pretrained(TINY / "mllm").save_pretrained(folder)
-        config = MLLMS["Qwen/Qwen2.5-0.5B-Instruct"]()
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        model.save_pretrained(folder)
-    config = MetaQueryConfig(str(folder), str(TINY / "diffusion"), connector_layers=1)
-    model = MetaQuery(config, torch.bfloat16)
-    model.connector = torch.nn.Identity()  # only the MLLM is measured
-    model.connector.norm, model.connector.layers = torch.nn.RMSNorm(1), torch.nn.ModuleList()
-    return model.to(device)
+PLAIN, OURS, KEPT = "plain", "ours", "ours, latents kept"
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bfloat16, without sparsity
+TEXT_TOKENS = 64  # the system prompt and a short caption
 
 
-def loss_of(model, tokens, n, way, batch):
-    """A function that runs `tokens` random tokens and n queries and returns a loss."""
-    device = model.queries.device
-    model.queries = torch.nn.Parameter(torch.randn(n, 896, device=device) * 0.02)
-    ids = torch.randint(1000, 100000, (batch, tokens), device=device)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    backbone = model.mllm.base_model
+class Plain(MetaQuery):
+    """One pass over prompt and queries, with gradient through both."""
 
-    def one_pass():
-        embeds = model.mllm.get_input_embeddings()(ids)
-        queries = model.queries.to(embeds.dtype).expand(batch, -1, -1)
-        return backbone(inputs_embeds=torch.cat([embeds, queries], 1)).last_hidden_state[:, -n:]
+    def encode_inputs(self, inputs):
+        decoder = self.mllm.get_decoder()
+        before = decoder.config._attn_implementation
+        decoder.set_attn_implementation("sdpa")  # not the one for queries alone
+        hidden = one_pass(self, inputs)
+        decoder.set_attn_implementation(before)
+        return self.connector(hidden.to(self.queries.dtype)), None
 
-    if way == "plain":
-        model.mllm.gradient_checkpointing_enable({"use_reentrant": False})
-        model.mllm.train()
-        return lambda: one_pass().float().square().mean()
+
+def random_model(size, layers, device, dtype):
+    """(MetaQuery of random weights, the share of its layers that it has)."""
+    config = MetaQueryConfig.preset(size)
+    all_layers = mllm_config(config.mllm).get_text_config().num_hidden_layers
+    share = min(1.0, (layers or all_layers) / all_layers)
+    torch.manual_seed(0)
+    with device:
+        model = build(config, AutoProcessor.from_pretrained(TINY / "mllm"), share)
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
     choose_attention(model)
-    if way != "ours":
-        checkpoint_layers(model)
-    return lambda: model.encode_prompts(inputs)[0].float().square().mean()
+    return model, share
 
 
-def timed(loss, device):
-    """Seconds of a forward pass and of a backward pass."""
-    began = now(device)
-    value = loss()
-    middle = now(device)
-    value.backward()
-    return middle - began, now(device) - middle
+def sharing(model, kind):
+    """A model of another class with the same parts."""
+    parts = (model.mllm, model.processor, model.diffusion, model.vae, model.scheduler)
+    other = kind(model.config, *parts, model.connector).eval()
+    other.queries = model.queries
+    return other
 
 
-def peak(loss, device):
-    """The most memory that the tensors of a step take beside those there before, in GB."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        timed(loss, device)
-        return (torch.cuda.max_memory_allocated() - before) / 1e9
-    with profile(profile_memory=True) as profiled:
-        timed(loss, device)
-    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))) / 1e9
+def random_inputs(model, samples, with_image):
+    """Inputs of B prompts as a processor makes them: tokens of text, behind an image's."""
+    config = model.mllm.config
+    ids = torch.randint(10, 300, (samples, TEXT_TOKENS))  # none is special
+    inputs = {}
+    if with_image and config.model_type == "llava_onevision":
+        pixels, patch = config.vision_config.image_size, config.vision_config.patch_size
+        side = pixels // patch
+        tokens = side * side + side * (side + 1)  # the image, and a tile with line breaks
+        ids = torch.cat([torch.full((samples, tokens), config.image_token_id), ids], 1)
+        inputs["pixel_values"] = torch.randn(samples, 2, 3, pixels, pixels)
+        inputs["image_sizes"] = torch.full((samples, 2), pixels)
+        inputs["batch_num_images"] = torch.ones(samples, dtype=torch.long)
+    elif with_image:  # Qwen2.5-VL: 504 x 504 pixels are 36 x 36 patches, 18 x 18 tokens
+        image = torch.full((samples, 326), config.image_token_id)
+        image[:, 0], image[:, -1] = config.vision_start_token_id, config.vision_end_token_id
+        ids = torch.cat([image, ids], 1)
+        inputs["pixel_values"] = torch.randn(samples * 36 * 36, 3 * 2 * 14 * 14)
+        inputs["image_grid_thw"] = torch.tensor([[1, 36, 36]] * samples)
+        inputs["mm_token_type_ids"] = (ids == config.image_token_id).long()
+    inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return to_device(inputs, model.queries.device)
 
 
-def in_fresh_process(function, *values):
-    """What a function returns in a process of its own, whose memory nothing else has touched."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(function, *values).result()
+def seconds_of(runs, repeats, device):
+    """{name: seconds of each turn} of functions that take turns; the first turn warms up."""
+    times = {name: [] for name in runs}
+    for turn in range(repeats + 1):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            run()
+            if device.type == "cuda":  # it may not have done all yet
+                torch.cuda.synchronize()
+            if turn > 0:
+                times[name].append(time.perf_counter() - began)
+    return times
 
 
-def measure_way(way, tokens, repeats, device, batch):
-    """(seconds of each step, peak memory) of one way, for 256 queries."""
-    loss = loss_of(half_billion(device), tokens, 256, way, batch)
-    memory = peak(loss, device)  # also warms up
-    return [sum(timed(loss, device)) for _ in range(repeats)], memory
+@torch.no_grad()
+def needed_flops(model, inputs, targets):
+    """Floating-point operations that a step of these samples needs, with latents kept.
+
+    By torch's count of the forward pass: a backward pass takes twice as many through what is
+    trained, and as many through what is frozen.
+    """
+
+    def counted(function, *args):
+        with FlopCounterMode(display=False) as counter:
+            result = function(*args)
+        return result, counter.get_total_flops()
+
+    model.queries.requires_grad_(False)  # torch's counter refuses their view without gradient
+    x = model.encode_latents(targets)
+    prompt, read = counted(model.read_prompt, dict(inputs))
+    hidden, queries = counted(model.run_queries, prompt)
+    cond, connector = counted(model.connector, hidden.to(model.queries.dtype))
+    _, denoising = counted(model.denoise, x, torch.ones(len(x), device=x.device), cond, None)
+    model.queries.requires_grad_(model.config.condition_on == "queries")
+    trained = 2 + model.config.train_diffusion
+    return read + 2 * queries + 3 * connector + trained * denoising
 
 
-def measure_backward(lengths, n, repeats, device, batch):
-    """Rounds of the seconds of our backward pass, for prompts of each length in turn."""
-    model = half_billion(device)
-    losses = [loss_of(model, tokens, n, "ours", batch) for tokens in lengths]
-    return [[timed(loss, device)[1] for loss in losses] for _ in range(repeats + 1)][1:]
+def host_syncs(step):
+    """How often the host waits for the GPU in a step."""
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        step()
+    torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in caught)
 
 
-def show(name, plain, ours):
-    """Print one row: both medians, and the ratio of each pair of runs with its spread."""
-    ratios = sorted(p / o for p, o in zip(plain, ours, strict=True))
-    spread = f"({ratios[0]:.2f} to {ratios[-1]:.2f})"
-    times = f"plain {median(plain):7.3f} s  ours {median(ours):7.3f} s"
-    print(f"{name:<76} {times}  ratio {median(ratios):.2f} {spread}", flush=True)
+def largest_costs(step, device):
+    """The three operations that take most of a step's time, with their shares, as text."""
+    kind = {"cpu": "CPU", "cuda": "CUDA"}[device.type]
+    with profile(activities=[getattr(ProfilerActivity, kind)]) as profiled:
+        step()
+    own = f"self_{'device' if kind == 'CUDA' else 'cpu'}_time_total"
+    times = {event.key: getattr(event, own) for event in profiled.key_averages()}
+    largest = sorted(times, key=times.get, reverse=True)[:3]
+    return ", ".join(f"{name} {times[name] / sum(times.values()):.0%}" for name in largest)
 
 
-def step(row, what, tokens, *options):
-    """(a), (b) Seconds of a step, and (c) its peak memory."""
-    times, memory = {}, {}
-    for way in WAYS:
-        times[way], memory[way] = in_fresh_process(measure_way, way, tokens, *options)
-    for way in WAYS[1:]:
-        show(f"({row}) step, {what}, N=256, {way}", times["plain"], times[way])
-        share = f"{memory[way] / memory['plain']:.2f} of the plain way's {memory['plain']:.3f} GB"
-        print(f"(c) memory beside the weights, {what}, {way}: {memory[way]:.3f} GB, {share}")
+def print_steps(model, share, with_image, args, device, dtype):
+    """Print a row for each way to take a training step on prompts of text, or of an image."""
+    inputs = random_inputs(model, args.batch_size, with_image)
+    targets = torch.rand(args.batch_size, 3, model.resolution, model.resolution, device=device)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, 1e-6, fused=True)
+    kept = sharing(model, KeepsLatents)
+    kept.keep_latents_in(tempfile.mkdtemp())
+
+    def step(way_model, repeats=1):
+        u = torch.rand(args.batch_size * repeats, device=device)
+        with precision(model, device, dtype):
+            loss = way_model(dict(inputs), targets, u=u)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 0.5)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    k = args.noises_per_sample
+    several = f"{KEPT}, {k} noise levels"
+    ways = {PLAIN: partial(step, sharing(model, Plain)), OURS: partial(step, model)}
+    ways |= {KEPT: partial(step, kept), several: partial(step, kept, k)}
+    encode = {"VAE": partial(model.encode_latents, targets)}
+    times = seconds_of(ways | encode, args.repeats, device)
+    times[several] = [t / k for t in times[several]]
+    encoding = median(times["VAE"])
+
+    what = f"{'one image' if with_image else 'text'}, {inputs['input_ids'].shape[1]} prompt tokens"
+    print(f"\n{what}, batch {args.batch_size}; the VAE encodes in {encoding:.3f} s")
+    full = {}
+    for way, run in ways.items():
+        ratios = sorted(p / t for p, t in zip(times[PLAIN], times[way], strict=True))
+        row = f"{median(ratios):5.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})  {way:<34}"
+        row += f"{median(times[way]):8.3f} s"
+        if share < 1:  # the VAE has all its layers
+            encoded = encoding * (way in (PLAIN, OURS))
+            full[way] = encoded + (median(times[way]) - encoded) / share
+            row += f"; with all layers about {full[PLAIN] / full[way]:.2f}, {full[way]:.1f} s"
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            row += f", {host_syncs(run)} syncs"
+            row += f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
+            for name, flops in PEAK_FLOPS.items():
+                if name in torch.cuda.get_device_name(device) and way != several:
+                    used = needed_flops(model, inputs, targets) / median(times[way])
+                    row += f", {used / flops:.1%} of {name}'s peak"
+        print(row, flush=True)
+    print(f"largest costs of ours, latents kept: {largest_costs(ways[KEPT], device)}")
 
 
-def sampling(repeats):
-    """(e) Eight pictures of one prompt and of eight, ours beside one condition per picture."""
-    model = MetaQuery.from_pretrained(TINY)
-    stars = [f"a {c} star" for c in "red green blue yellow purple orange pink brown".split()]
-    for name, prompts, number in (("one prompt", stars[:1], 8), ("eight prompts", stars, 1)):
-        plain, ours = [], []
-        for _ in range(repeats + 1):
-            began = time.time()
-            for prompt in prompts * number:
-                model.generate([prompt])
-            plain.append(time.time() - began)
-            began = time.time()
-            model.generate(prompts, num_images_per_prompt=number)
-            ours.append(time.time() - began)
-        show(f"(e) drawing 8 pictures of {name}", plain[1:], ours[1:])
+def print_image(model, args, device, dtype):
+    """Print the time of an image beside diffusers' pipeline, given the same embeddings."""
+    model = model.to(dtype)
+    prompts = ["a red star left of a blue circle", ""]
+    solver = DPMSolverMultistepScheduler.from_config(model.scheduler.config)
+    pipeline = SanaPipeline(None, None, model.vae, model.diffusion, solver)
+    pipeline.set_progress_bar_config(disable=True)
+    with torch.no_grad():
+        cond, _ = model.encode_prompts(prompts)
+    mask = torch.ones(1, cond.shape[1], dtype=torch.long, device=device)
+    runs = {
+        "ours": lambda: model.generate(prompts[:1], num_inference_steps=args.steps),
+        "encoding": torch.no_grad()(lambda: model.encode_prompts(prompts)),
+        "SanaPipeline": lambda: pipeline(
+            negative_prompt=None, prompt_embeds=cond[:1], prompt_attention_mask=mask,
+            negative_prompt_embeds=cond[1:], negative_prompt_attention_mask=mask,
+            num_inference_steps=args.steps, guidance_scale=3.0, height=model.resolution,
+            width=model.resolution, use_resolution_binning=False,
+        ),
+    }  # fmt: skip
+    times = seconds_of(runs, args.repeats, device)
+    ours, encoding, theirs = (median(times[name]) for name in runs)
+    print(
+        f"\nan image of {model.resolution} px, {args.steps} steps: {ours:.3f} s, with {encoding:.3f} s"
+    )
+    print(f"of reading the prompts; SanaPipeline, given them read: {theirs:.3f} s,", end=" ")
+    print(f"{(ours - encoding) / theirs:.2f} times which is the rest of ours")
 
 
-def training_seconds(processes):
-    """Seconds a sample of a short tiny training run, its first steps left out."""
-    out = Path(tempfile.mkdtemp())
-    torchrun = f"-m torch.distributed.run --standalone --nproc-per-node={processes} train.py"
-    command = [sys.executable, *torchrun.split(), "--steps", "16", "--out", str(out)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    subprocess.run(command, check=True, capture_output=True, env=environment)
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    passed = [32 * entry["step"] / entry["samples_per_s"] for entry in log]
-    return (passed[-1] - passed[3]) / 32 / (len(log) - 4)
-
-
-def backward_growth(*options):
-    """(g) How our backward pass grows with the prompt."""
-    lengths = (64, 256, 1024, 2048, 4096)
-    for n in (64, 256):
-        rounds = in_fresh_process(measure_backward, lengths, n, *options)
-        for tokens, times in zip(lengths, zip(*rounds, strict=True), strict=True):
-            growth = sorted(time / first[0] for time, first in zip(times, rounds, strict=True))
-            name = f"(g) our backward pass, {tokens:5} prompt tokens, N={n:3}"
-            spread = f"({growth[0]:.2f} to {growth[-1]:.2f})"
-            print(f"{name}: {median(times):.3f} s, {median(growth):.2f} of 64 tokens' {spread}")
+def processor_name():
+    """The name of the CPU, for example "AMD EPYC"."""
+    if not Path("/proc/cpuinfo").exists():
+        return platform.processor()
+    return Path("/proc/cpuinfo").read_text().split("model name")[1].split("\n")[0].strip("\t: ")
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rows", default="a,b,e,f,g", help="c comes with a and b (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, help="runs of each row (5)")
-    parser.add_argument("--device", default="cpu", help="of rows a, b, g and training (cpu)")
-    parser.add_argument(
-        "--size", default="base", choices=BATCHES, help="of rows base and training (base)"
-    )
-    parser.add_argument(
-        "--batch", type=int, default=1, help="prompts a step of rows a, b, g and vae (1)"
-    )
+    set_up(parser)
+    number = bounded(int, 1, 1000)
+    add = parser.add_argument
+    add("--size", choices=list(PRESETS), default="tiny", help="(tiny)")
+    add("--layers", type=number, help="of the MLLM; the other parts are cut alike (all)")
+    add("--batch-size", type=number, default=2, help="samples a step (2)")
+    add("--noises-per-sample", type=number, default=4, help="of the last row (4)")
+    add("--repeats", type=number, default=5, help="turns (5)")
+    add("--steps", type=number, default=30, help="denoising steps of the image (30)")
+    add("--device", default="", help="(the best there is)")
+    add("--dtype", choices=DTYPES, default="", help="of the arithmetic (what is fast)")
     args = parser.parse_args()
-    rows, options = args.rows.split(","), (args.repeats, args.device, args.batch)
-    CACHE.mkdir(exist_ok=True)
-    if "a" in rows:
-        step("a", "64 prompt tokens", 64, *options)
-    for what, tokens in CASES.items() if "b" in rows else ():
-        step("b", what, tokens, *options)
-    if "e" in rows:
-        sampling(args.repeats)
-    if "f" in rows:
-        one, two = ([training_seconds(n) for _ in range(args.repeats)] for n in (1, 2))
-        show("(f) a sample of training, 2 processes of a thread against 1", one, two)
-    if "g" in rows:
-        backward_growth(*options)
-    if "base" in rows:
-        one_loss(args.size)
-    if "vae" in rows:
-        vae_arithmetic()
-        vae_share(args.batch, args.repeats)
-    if "training" in rows:
-        training(args.size, args.repeats, args.device)
+
+    with errors_in_one_line():
+        device = device_of(args.device)
+        dtype, reason = choose_dtype(device, args.dtype)
+        model, share = random_model(args.size, args.layers, device, dtype)
+        name = f"{processor_name()}, {torch.get_num_threads()} threads"
+        if device.type == "cuda":
+            name = torch.cuda.get_device_name(device)
+        print(f"{args.size}, {share:.0%} of the layers, on {name}")
+        print(f"{dtype} ({reason}), version {torch.__version__} of torch")
+        for with_image in (False, True):
+            print_steps(model, share, with_image, args, device, dtype)
+        print_image(model, args, device, dtype)
 
 
 if __name__ == "__main__":

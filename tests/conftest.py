@@ -91,7 +91,7 @@ def pixels(picture):
     return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
 
 
-def noise_picture(width, height, seed=0):
+def noise_image(width, height, seed=0):
     """A PIL image of uniform noise."""
     values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
     return Image.fromarray(values)

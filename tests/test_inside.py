@@ -19,7 +19,7 @@ def test_maps_hold_each_querys_attention_to_the_prompt(build, mllm):
 
 def test_a_map_is_softmax_of_query_times_key(build):
     model = build("qwen")
-    inputs = model.prepare_inputs(["a red star"])
+    inputs = model.format(["a red star"])
     words = model.mllm.get_input_embeddings()(inputs["input_ids"])
     states = torch.cat([words, model.queries[None]], 1)  # (1, T + N, d)
     backbone = model.mllm.model

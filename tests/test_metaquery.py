@@ -6,43 +6,25 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, noise_picture, pixels, recorded
+from conftest import ROOT, noise_image, pixels, recorded
 from diffusers import DPMSolverMultistepScheduler
 
 from metaquery import SYSTEM_PROMPT, Connector, InputError, MetaQuery, MetaQueryConfig
+from notebooks.plain import one_pass
 
 PROMPTS = ["a red star left of a blue circle", "a star", ""]
-
-
-def one_pass(model, prompts):
-    """Last states at the queries from a single pass over prompt and queries, by hand."""
-    inputs = model.prepare_inputs(prompts)
-    mask = inputs["attention_mask"]
-    embeds = model.mllm.get_input_embeddings()(inputs["input_ids"])
-    queries = model.queries.to(embeds.dtype).expand(len(prompts), -1, -1)
-    mask = torch.cat([mask, mask.new_ones(queries.shape[:2])], 1)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    states = model.mllm.base_model(
-        inputs_embeds=torch.cat([embeds, queries], 1),
-        attention_mask=mask,
-        position_ids=positions,
-        use_cache=False,
-    ).last_hidden_state
-    return states[:, -queries.shape[1] :]
 
 
 @pytest.mark.parametrize("mllm", ["llava", "qwen"])
 def test_two_passes_equal_one_pass(build, mllm):
     """Same conditions and same query gradients in float64, with left padding."""
     model = build(mllm, dtype=torch.float64)
-    assert model.prepare_inputs(PROMPTS)["attention_mask"][1, 0] == 0, (
-        "prompts are padded on the left"
-    )
+    assert model.format(PROMPTS)["attention_mask"][1, 0] == 0, "prompts are padded on the left"
     weights = None
     results = []
     for condition in (
         lambda: model.encode_prompts(PROMPTS)[0],
-        lambda: model.connector(one_pass(model, PROMPTS)),
+        lambda: model.connector(one_pass(model, model.format(PROMPTS))),
     ):
         made = condition()
         weights = torch.randn_like(made) if weights is None else weights
@@ -67,12 +49,11 @@ def test_a_batch_changes_nothing_for_its_prompts(build, mllm):
 def test_later_query_never_changes_an_earlier_state(build):
     """Everything stays causally masked (§3.1)."""
     model = build(dtype=torch.float64)
-    model.connector = torch.nn.Identity()
-    model.connector.norm = torch.nn.RMSNorm(1, dtype=torch.float64)
+    inputs = model.format(PROMPTS)
     with torch.no_grad():
-        before = model.encode_prompts(PROMPTS)[0]
+        before = model.run_queries(model.read_prompt(inputs))
         model.queries[3] += 1
-        after = model.encode_prompts(PROMPTS)[0]
+        after = model.run_queries(model.read_prompt(inputs))
     assert torch.equal(before[:, :3], after[:, :3])
     assert not torch.allclose(before[:, 3:], after[:, 3:])
 
@@ -81,7 +62,7 @@ def test_training_leaves_the_mllm_bit_identical(build):
     """After training steps, every MLLM parameter and its text logits are what they were."""
     model = build().train()
     before = {k: v.clone() for k, v in model.mllm.state_dict().items()}
-    inputs = model.prepare_inputs(PROMPTS)
+    inputs = model.format(PROMPTS)
     logits = model.mllm(**inputs).logits
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, 1e-2)
@@ -132,20 +113,24 @@ def test_flow_loss_is_its_formula(build):
     noise, sigma = torch.randn_like(z), torch.tensor([0.1, 0.5, 1.0], dtype=torch.float64)
     s = sigma.view(3, 1, 1, 1)
     x = (1 - s) * z + s * noise
-    loss = model(PROMPTS, targets, noise=noise, sigma=sigma)
+    loss = model(PROMPTS, targets, noise=noise, u=1 - sigma)
     torch.testing.assert_close(loss, ((0.25 * x - (noise - z)) ** 2).mean(), atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(calls[0][1], 1000 * sigma)
 
 
 def test_flow_sigma_is_uniform_on_its_interval(build):
     model = build("qwen")
-    model.encode_prompts = lambda prompts, images=None: (None, None)
-    calls = recorded(model, lambda x: x)
-    torch.manual_seed(0)
-    model([""] * 4000, torch.zeros(4000, 3, 8, 8))
-    sigma = calls[0][1] / 1000
+    sigma = model.sigma_of(torch.rand(4000, generator=torch.Generator().manual_seed(0)))
     assert sigma.min() > 0 and sigma.max() <= 1
     assert abs(sigma.mean() - 0.5) < 0.02 and abs(sigma.var() - 1 / 12) < 0.01
+    assert model.sigma_of(torch.tensor([0.0, 0.25])).tolist() == [1.0, 0.75]
+
+
+def test_a_shift_of_sigma_is_its_formula(build):
+    """s·σ / (1 + (s − 1)·σ): more high noise levels, the same ends."""
+    model = build("qwen", sigma_shift=3.0)
+    sigma = model.sigma_of(torch.tensor([0.0, 0.5, 0.75]))
+    torch.testing.assert_close(sigma, torch.tensor([1.0, 1.5 / 2.0, 0.75 / 1.5]))
 
 
 @pytest.mark.parametrize("name", ["sd", "sd-v"])
@@ -160,7 +145,8 @@ def test_diffusion_loss_is_its_formula(build, name):
     alpha = torch.cumprod(1 - betas, 0)[timestep].view(2, 1, 1, 1)
     x = alpha.sqrt() * z + (1 - alpha).sqrt() * noise
     target = noise if name == "sd" else alpha.sqrt() * noise - (1 - alpha).sqrt() * z
-    loss = model(PROMPTS[:2], targets, noise=noise, sigma=timestep)
+    u = 1 - (timestep + 1) / 1000  # timestep t is σ = (t + 1) / 1000
+    loss = model(PROMPTS[:2], targets, noise=noise, u=u)
     torch.testing.assert_close(loss, ((0.5 * x - target) ** 2).mean(), atol=1e-5, rtol=1e-5)
     assert torch.equal(calls[0][1], timestep)
 
@@ -263,14 +249,14 @@ def test_folders_inside_a_checkpoint_move_with_it(build, parts, tmp_path):
     config = MetaQueryConfig(
         str(tmp_path / "one" / "mllm"), str(parts / "sana"), 4, connector_layers=1
     )
-    MetaQuery(config).save_pretrained(tmp_path / "one")
+    MetaQuery.from_config(config).save_pretrained(tmp_path / "one")
     (tmp_path / "one").rename(tmp_path / "two")
     assert MetaQuery.from_pretrained(tmp_path / "two").config.mllm == str(tmp_path / "two" / "mllm")
 
 
 def test_prompt_holds_the_system_prompt_and_ends_where_the_mllm_would_speak(build):
     model = build()
-    ids = model.prepare_inputs(["a red star"])["input_ids"][0]
+    ids = model.format(["a red star"])["input_ids"][0]
     text = model.processor.tokenizer.decode(ids)
     assert (
         text.startswith("<|im_start|>system\n" + SYSTEM_PROMPT.lower()[:8])
@@ -282,8 +268,8 @@ def test_prompt_holds_the_system_prompt_and_ends_where_the_mllm_would_speak(buil
 def test_long_prompt_is_cut_with_a_warning(build):
     model = build("qwen")
     with pytest.warns(UserWarning, match="256"):
-        long = model.prepare_inputs(["star " * 400])["input_ids"].shape[1]
-    assert 256 <= long - model.prepare_inputs([""])["input_ids"].shape[1] <= 258
+        long = model.format(["star " * 400])["input_ids"].shape[1]
+    assert 256 <= long - model.format([""])["input_ids"].shape[1] <= 258
 
 
 @pytest.mark.parametrize(
@@ -291,7 +277,8 @@ def test_long_prompt_is_cut_with_a_warning(build):
     [
         ({"connector": "mlp"}, "enc-proj"),
         ({"condition_on": "clip"}, "last_layer"),
-        ({"num_queries": 0}, "at least 1"),
+        ({"num_queries": 0}, "num_queries is 0"),
+        ({"connector_layers": float("nan")}, "connector_layers is nan"),
     ],
 )
 def test_wrong_config_says_what_is_right(changes, words):
@@ -303,12 +290,12 @@ ALONE = """
 import sys, torch
 from metaquery import MetaQuery, MetaQueryConfig
 config = MetaQueryConfig(sys.argv[1], sys.argv[2], num_queries=4, connector_layers=1)
-model = MetaQuery(config)
+model = MetaQuery.from_config(config)
 loss = model(["a red star"], torch.zeros(1, 3, 8, 8))
 loss.backward()
 assert model.queries.grad.abs().sum() > 0
 assert model.generate(["a red star"], num_inference_steps=2)[0].size == (8, 8)
-print(sorted(name for name in sys.modules if name.split(".")[0] in ("data", "toy", "training")))
+print(sorted(name for name in sys.modules if name.split(".")[0] in ("cli", "data", "toy", "training")))
 """
 
 
@@ -324,18 +311,9 @@ def test_the_file_alone_is_metaquery(parts, tmp_path):
 def test_an_empty_prompt_keeps_its_text_part(build):
     """The template's line break between picture and text is there although the text is empty."""
     model = build("llava")
-    picture = noise_picture(16, 16)
-    ids = model.prepare_inputs([""], [[picture]])["input_ids"][0]
+    picture = noise_image(16, 16)
+    ids = model.format([""], [[picture]])["input_ids"][0]
     assert "<image>\n<|im_end|>" in model.tokenizer.decode(ids)
-
-
-def test_an_older_config_still_loads(build, tmp_path):
-    """`condition_on` was named `condition` before."""
-    model = build("qwen", condition_on="random")
-    model.save_pretrained(tmp_path)
-    text = (tmp_path / "config.json").read_text()
-    (tmp_path / "config.json").write_text(text.replace('"condition_on"', '"condition"'))
-    assert MetaQuery.from_pretrained(tmp_path).config.condition_on == "random"
 
 
 def test_one_prompt_may_be_a_string(build):
@@ -352,8 +330,8 @@ def test_every_mix_of_dtypes_trains_and_draws(parts, diffusion, train_mllm, trai
     folders = str(parts / "llava"), str(parts / diffusion)
     trained = {"train_mllm": train_mllm, "train_diffusion": train_diffusion}
     config = MetaQueryConfig(*folders, num_queries=4, connector_layers=1, **trained)
-    model = MetaQuery(config, dtype)
-    images = [[noise_picture(20, 16)]]
+    model = MetaQuery.from_config(config, dtype)
+    images = [[noise_image(20, 16)]]
     assert model.generate(["a star"], images, num_inference_steps=2)[0].size == (8, 8)
     model(["a star"], torch.zeros(1, 3, 8, 8), images).backward()
     assert model.queries.grad.isfinite().all()

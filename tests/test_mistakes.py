@@ -1,69 +1,26 @@
-"""Every mistake gets one line and exit code 2, harms no file, and never hangs.
-
-The commands run in this process where they can, so that the whole table takes little time.
-"""
+"""Every mistake gets one line and exit code 2, harms no file, and never hangs: the commands that
+generate. The commands run in this process where they can, so that the table takes little time."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import time
-import warnings
 from pathlib import Path
 
-import datasets
+import commands
 import numpy as np
 import pytest
-import torch
+from commands import contents
 from conftest import ROOT, TINY, environment
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import benchmarks.official
-import sample
-import extras.toy_parts.__main__
-import train
-import extras.sizes
-from sample import open_picture, save_picture
-from metaquery import InputError, MetaQuery, to_rgb
+from metaquery import to_rgb
+from sample import save_image
 
-MODULES = {"sample": sample, "official": benchmarks.official, "sizes": training.sizes}
-MODULES |= {"pretrain": toy.pretrain, "train": train}
-
-
-def contents(folder):
-    """{path: bytes} of all files below a folder, and None for folders."""
-    files = {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
-    return {str(path): data for path, data in files.items()}
-
-
-@pytest.fixture
-def call(monkeypatch, capfd, tmp_path):
-    """call("sample", *flags) runs a command in a folder of its own: (exit code, stderr's lines)."""
-    monkeypatch.chdir(tmp_path)
-    handler, show = signal.getsignal(signal.SIGINT), warnings.showwarning
-
-    def run(name, *flags):
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
-        code = 0
-        try:
-            MODULES[name].main()
-        except SystemExit as stopped:
-            code = stopped.code
-        return code, capfd.readouterr().err.strip().splitlines()
-
-    yield run
-    signal.set_wakeup_fd(-1)
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, handler)
-    warnings.showwarning = show
-
-
-# ---- What the table's commands find in their folder ----------------------------------------------
+call, check_refused = commands.call, commands.check_refused
 
 
 def copy_tiny(folder, **changes):
@@ -76,17 +33,19 @@ def copy_tiny(folder, **changes):
     return folder
 
 
-def make_world(folder):
-    """Files that are there already, and things that are broken in one way each."""
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with files that are there already, and with things broken in one way each."""
+    folder = tmp_path_factory.mktemp("world")
     Image.new("RGB", (64, 64), "red").save(folder / "red.png")
-    (folder / "notes.txt").write_text("not a picture")
-    (folder / "loop.png").symlink_to(folder / "loop.png")
+    (folder / "notes.txt").write_text("not an image")
     (folder / "foreign").mkdir()
     (folder / "foreign" / "log.jsonl").write_text("mine\n")
     copy_tiny(folder / "typed", num_queries="16")
     copy_tiny(folder / "nan")
     state = load_file(folder / "nan" / "model.safetensors")
     save_file({name: x * np.nan for name, x in state.items()}, folder / "nan" / "model.safetensors")
+
     for name in ("cut", "wordless", "chatless"):
         mllm = shutil.copytree(TINY / "mllm", folder / f"mllm-{name}")
         copy_tiny(folder / name, mllm=str(mllm))
@@ -94,40 +53,31 @@ def make_world(folder):
     weights.write_bytes(weights.read_bytes()[:100_000])
     (folder / "mllm-wordless" / "tokenizer.json").write_text("")
     (folder / "mllm-chatless" / "chat_template.jinja").unlink()
-    rows = {"image": [Image.new("RGB", (64, 64))] * 2, "caption": ["a star", "a cross"]}
-    rows = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
-    for name, number in (("two", 2), ("one", 1), ("none", 0)):
+
+    for name, ids in (("wise", ["../../x"]), ("twice", [1, 1])):
         (folder / name).mkdir()
-        rows.select(range(number)).to_parquet(folder / name / "x.parquet")
-    (folder / "wise").mkdir()
+        rows = [{"Prompt": "a star", "prompt_id": i} for i in ids]
+        (folder / name / "a.json").write_text(json.dumps(rows))
     (folder / "out").write_text("a file")
-    ids = [{"Prompt": "a star", "prompt_id": "../../x"}]
-    (folder / "wise" / "a.json").write_text(json.dumps(ids))
-    (folder / "twice").mkdir()
-    ids = [{"Prompt": "a star", "prompt_id": 1}, {"Prompt": "a cross", "prompt_id": 1}]
-    (folder / "twice" / "a.json").write_text(json.dumps(ids))
     (folder / "empty.txt").write_text("\n\n")
-    (folder / "text.json").write_text('{"prompt": "a star"}')
-    (folder / "bad.jsonl").write_text('{"prompt": "a star"\n{"image": "red.png"}\n{"prompt": null}')
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    make_world(folder)
+    (folder / "bad.jsonl").write_text('{"prompt": "a star"\n{"prompt": null}\n{"image": "red.png"}')
     return folder
 
 
 STAR = ["a star", "--steps", 2]
-TRAIN = ["--out", "run", "--steps", 2, "--warmup", 1, "--batch-size", 2]
-DATA = [*TRAIN, "--sample-every", 9]
+OFFICIAL = "benchmarks.official"
 TABLE = [
     ("sample", [], "prompt"),
     ("sample", ["a star", "--prompts", "empty.txt"], "--prompts"),
+    ("sample", ["red", "star"], "star"),
     ("sample", ["--ask"], "question"),
-    ("sample", ["a star", "--size", "huge"], "tiny"),
-    ("sample", ["a star", "--size", "base"], "--checkpoint"),
+    ("sample", ["how many?", "--ask", "--out", "x.png"], "--out has no effect with --ask"),
+    ("sample", ["how many?", "--ask", "--num-images", 2], "--num-images has no effect"),
+    ("sample", ["how many?", "--ask", "--negative-prompt", "a"], "--negative-prompt has no"),
+    ("sample", ["how many?", "--ask", "--steps", 2], "--steps has no effect"),
     ("sample", ["a star", "--checkpoint", "/nowhere"], "/nowhere"),
+    ("sample", ["a star", "--checkpoint", ""], "--checkpoint is empty"),
+    ("sample", ["a star", "--mllm", ""], "--mllm is empty"),
     ("sample", ["a star", "--steps", "0"], "--steps"),
     ("sample", ["a star", "--steps", "100000"], "--steps"),
     ("sample", ["a star", "--steps", "many"], "--steps"),
@@ -139,9 +89,14 @@ TABLE = [
     ("sample", ["a star", "--seed", 2**64], "--seed"),
     ("sample", ["a star", "--seed", "-1"], "--seed"),
     ("sample", ["a star", "--num-images", "0"], "--num-images"),
+    ("sample", ["a star", "--batch-size", "0"], "--batch-size"),
+    ("sample", ["a star", "--height", "0"], "--height"),
+    ("sample", ["a star", "--height", "65"], "height is 65: give a multiple of"),
+    ("sample", ["a star", "--width", "1001"], "width is 1001"),
     ("sample", ["a star", "--device", "abacus"], "--device abacus"),
     ("sample", ["a star", "--device", "mps"], "--device mps"),
     ("sample", ["a star", "--device", "meta"], "--device meta"),
+    ("sample", ["a star", "--dtype", "int8"], "--dtype"),
     ("sample", [*STAR, "--out", "/proc/nowhere/x.png"], "/proc/nowhere"),
     ("sample", ["a star", "--out", ""], "--out"),
     ("sample", ["a star", "--out", "out/x.png"], "--out"),
@@ -151,14 +106,11 @@ TABLE = [
     ("sample", ["--prompts", "/nowhere.txt"], "/nowhere.txt"),
     ("sample", ["--prompts", ""], "--prompts"),
     ("sample", ["--prompts", "empty.txt"], "empty"),
-    ("sample", ["--prompts", "text.json"], "JSON list"),
-    ("sample", ["--prompts", "bad.jsonl"], 'line 2 has "image": write "images"'),
+    ("sample", ["--prompts", "bad.jsonl"], 'line 2: give "prompt"'),
     ("sample", ["--prompts", "red.png"], "red.png"),
     ("sample", ["--image", "nowhere.png"], "nowhere.png"),
-    ("sample", ["--image", "foreign"], "is a folder"),
-    ("sample", ["--image", "loop.png"], "link to itself"),
-    ("sample", ["--image", "notes.txt"], "is not a picture"),
-    ("sample", ["--image", "red.png"] * 7, "at most 6"),
+    ("sample", ["--image", "foreign"], "foreign"),
+    ("sample", ["--image", "notes.txt"], "cannot identify"),
     ("sample", [*STAR, "--checkpoint", "typed"], "num_queries is '16'"),
     ("sample", [*STAR, "--checkpoint", "nan"], "not finite"),
     ("sample", [*STAR, "--checkpoint", "cut"], "cannot load"),
@@ -166,59 +118,18 @@ TABLE = [
     ("sample", [*STAR, "--checkpoint", "chatless"], "chat template"),
     ("sample", [*STAR, "--mllm", "nowhere"], "--mllm"),
     ("sample", [*STAR, "--diffusion", "nowhere"], "--diffusion"),
-    ("sizes", ["huge"], "tiny"),
-    ("sizes", ["base", "--num-queries", "0"], "num_queries"),
-    ("sizes", ["base", "--processes", "0"], "--processes"),
-    ("official", ["geneval", "--data", "foreign"], "geneval expects"),
-    ("official", ["wise", "--data", "wise", "--out", "drawn"], "outside --out"),
-    ("official", ["wise", "--data", "twice", "--out", "drawn"], "two prompts"),
-    ("official", ["wise", "--data", "twice", "--limit", "0"], "--limit"),
-    ("official", ["wise", "--data", "twice", "--out", "out"], "it is a file"),
-    ("pretrain", ["--part", "mllm", "--out", "new"], "make --part vision first"),
-    ("pretrain", ["--part", "diffusion", "--out", "new"], "make --part vae first"),
-    ("pretrain", ["--part", "vae", "--steps", "0", "--out", "new"], "--steps is 0"),
-    ("pretrain", ["--part", "vae", "--steps", "-3", "--out", "new"], "--steps is -3"),
-    ("pretrain", ["--part", "vae", "--batch-size", "-1", "--out", "new"], "--batch-size"),
-    ("pretrain", ["--steps", "5", "--out", "new"], "--part"),
-    ("pretrain", ["--part", "dream"], "--part"),
-    ("train", [*TRAIN, "--size", "huge"], "'tiny', 'base'"),
-    ("train", [*TRAIN, "--stage", "dream"], "pretrain"),
-    ("train", [*TRAIN, "--stage", "edit"], "--checkpoint"),
-    ("train", [*TRAIN, "--flag-that-is-not"], "--flag-that-is-not"),
-    ("train", [*TRAIN, "--steps", "0"], "--steps"),
-    ("train", [*TRAIN, "--steps", 10**12], "--steps"),
-    ("train", [*TRAIN, "--batch-size", "5", "--micro-batch-size", "2"], "multiple of 2"),
-    ("train", [*TRAIN, "--micro-batch-size", "-1"], "--micro-batch-size"),
-    ("train", [*TRAIN, "--shard-frozen"], "needs --shard"),
-    ("train", [*TRAIN, "--lr", "0"], "--lr"),
-    ("train", [*TRAIN, "--lr", "-1"], "--lr"),
-    ("train", [*TRAIN, "--lr", "nan"], "--lr"),
-    ("train", [*TRAIN, "--lr", "inf"], "--lr"),
-    ("train", [*TRAIN, "--workers", "-1"], "--workers"),
-    ("train", [*TRAIN, "--seed", 2**64], "--seed"),
-    ("train", [*TRAIN, "--num-queries", "0"], "--num-queries"),
-    ("train", [*TRAIN, "--train-diffusion", "maybe"], "--train-diffusion"),
-    ("train", [*TRAIN, "--device", "abacus"], "--device abacus"),
-    ("train", [*TRAIN, "--device", "mps"], "--device mps"),
-    ("train", [*TRAIN, "--mllm", "/nowhere/mllm"], "--mllm"),
-    ("train", [*TRAIN, "--checkpoint", "/nowhere/run"], "/nowhere/run"),
-    ("train", [*TRAIN, "--checkpoint", TINY, "--num-queries", "9"], "first queries"),
-    ("train", [*TRAIN, "--out", ""], "--out"),
-    ("train", [*TRAIN, "--out", "out"], "it is a file"),
-    ("train", [*TRAIN, "--out", "out/run"], "is not a folder"),
-    ("train", [*TRAIN, "--out", "foreign"], "log.jsonl"),
-    ("train", [*TRAIN, "--out", "/proc/nowhere"], "/proc/nowhere"),
-    ("train", [*TRAIN, "--checkpoint", "typed", "--out", "typed"], "--checkpoint itself"),
-    ("train", [*TRAIN, "--data", "two=0,one=1"], "'two=0'"),
-    ("train", [*TRAIN, "--data", "two=x"], "'two=x'"),
-    ("train", [*TRAIN, "--data", "two=-1"], "'two=-1'"),
-    ("train", [*TRAIN, "--data", "two=nan"], "'two=nan'"),
-    ("train", [*TRAIN, "--data", "toy,two"], "cannot be mixed"),
-    ("train", [*TRAIN, "--data", "notes.txt"], "neither a .tar"),
-    ("train", [*TRAIN, "--data", "nowhere/nothing"], "cannot read --data"),
-    ("train", [*TRAIN, "--data", "none"], "--data none"),
-    ("train", [*TRAIN, "--data", "none", "--streaming"], "no rows"),
-    ("train", [*TRAIN, "--data", "two", "--text-column", "words"], "--text-column"),
+    ("sample", [*STAR, "--vae", "nowhere"], "--vae"),
+    (OFFICIAL, ["geneval", "--data", "foreign"], "geneval expects"),
+    (OFFICIAL, ["wise", "--data", "wise", "--out", "new"], "outside --out"),
+    (OFFICIAL, ["wise", "--data", "twice", "--out", "new"], "two prompts"),
+    (OFFICIAL, ["wise", "--data", "twice", "--limit", "0"], "--limit"),
+    (OFFICIAL, ["wise", "--data", "twice", "--out", "out"], "it is a file"),
+    (OFFICIAL, ["geneval", "--data", "foreign", "--checkpoint", ""], "geneval expects"),
+    ("benchmarks.toy", ["--limit", 0], "--limit"),
+    ("benchmarks.toy", ["--limit", 1, "--out", "x.bmp"], ".png"),
+    ("benchmarks.toy", ["--limit", 1, "--json", "foreign"], "it is a folder"),
+    ("benchmarks.scores", ["foreign", "foreign"], "holds no images"),
+    ("benchmarks.scores", ["foreign", "foreign", "--batch-size", 0], "--batch-size"),
 ]
 
 
@@ -226,40 +137,39 @@ TABLE = [
     "name, flags, words", TABLE, ids=[f"{n} {' '.join(map(str, f))[-40:]}" for n, f, _ in TABLE]
 )
 def test_a_mistake_is_one_line_and_harms_nothing(call, world, monkeypatch, name, flags, words):
+    if name == "benchmarks.scores":
+        pytest.importorskip("torchmetrics")
     monkeypatch.chdir(world)
     before = contents(world)
-    code, lines = call(name, *flags)
-    assert code == 2 and len(lines) == 1, lines
-    assert lines[0].startswith("error: ") and words in lines[0] and "Traceback" not in lines[0]
+    check_refused(call(name, *flags), words)
     assert contents(world) == before
 
 
 # ---- What is accepted works ----------------------------------------------------------------------
-
-
 def test_bad_lines_do_not_lose_the_good_ones(call, tmp_path):
     rows = ['{"prompt": "a red star"}', '{"prompt": "a \\ud800 star"}', '{"prompt": null}']
     rows += ['{"image": "x.png"}', "{", '{"prompt": "a blue\u00a0cross", "id": 7}']
+    rows += ['{"prompt": "a", "seed": -1}', '{"prompt": "a", "height": "64"}']
     (tmp_path / "a.JSONL").write_text("\ufeff" + "\n".join(rows), encoding="utf-8")
-    code, lines = call("sample", "--prompts", "a.JSONL", "--steps", 2)
+    code, _, lines = call("sample", "--prompts", "a.JSONL", "--steps", 2)
     assert code == 2 and len(lines) == 1
-    assert all(f"prompt {number}:" in lines[0] for number in (2, 3, 4, 5))
-    drawn = sorted(path.name for path in (tmp_path / "samples").iterdir())
-    assert drawn == ["00000.png", "00005.png"]
+    assert all(f"prompt {number}:" in lines[0] for number in (2, 3, 4, 5, 7, 8))
+    names = sorted(path.name for path in (tmp_path / "samples").iterdir())
+    assert names == ["00000.png", "00005.png"]
     assert Image.open(tmp_path / "samples" / "00005.png").text["prompt"] == "a blue cross"
 
 
-def test_a_json_list_is_read(call, tmp_path):
-    (tmp_path / "a.json").write_text('["a red star", {"prompt": "a blue cross"}]')
-    assert call("sample", "--prompts", "a.json", "--steps", 2) == (0, [])
-    texts = [Image.open(p).text["prompt"] for p in sorted((tmp_path / "samples").iterdir())]
-    assert texts == ["a red star", "a blue cross"]
+def test_a_line_that_is_not_utf8_loses_no_other(call, tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"a red star\r\na \xff cross\na blue\x0bcross\n")
+    check_refused(call("sample", "--prompts", "a.txt", "--steps", 1), "a.txt line 2:")
+    names = sorted(path.name for path in (tmp_path / "samples").iterdir())
+    assert names == ["00000.png", "00002.png"]
 
 
 def test_a_byte_order_mark_changes_no_prompt(call, tmp_path):
     (tmp_path / "a.txt").write_text("\ufeffa red star\n", encoding="utf-8")
-    assert call("sample", "--prompts", "a.txt", "--steps", 2) == (0, [])
-    assert call("sample", "a red star", "--steps", 2) == (0, [])
+    assert call("sample", "--prompts", "a.txt", "--steps", 2)[::2] == (0, [])
+    assert call("sample", "a red star", "--steps", 2)[::2] == (0, [])
     one, other = (Image.open(tmp_path / n) for n in ("samples/00000.png", "sample.png"))
     assert one.tobytes() == other.tobytes()
 
@@ -267,16 +177,25 @@ def test_a_byte_order_mark_changes_no_prompt(call, tmp_path):
 def test_nothing_is_overwritten_unasked(call, tmp_path):
     for name in ("sample.png", "sample-1.png", "sample-2.png"):
         before = contents(tmp_path)
-        assert call("sample", *STAR) == (0, [])
+        assert call("sample", *STAR)[0] == 0
         assert contents(tmp_path).keys() - before.keys() == {str(tmp_path / name)}
         assert before.items() <= contents(tmp_path).items()
     text = Image.open(tmp_path / "sample.png").text
     assert text["prompt"] == "a star" and text["seed"] == "0" and text["guidance"] == "3.0"
 
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "00000.png").write_text("mine")
+    (tmp_path / ".x.png").write_text("mine too")
+    assert call("sample", *STAR, "--out", "out")[0] == 0
+    assert call("sample", *STAR, "--out", "x.png")[0] == 0
+    assert (tmp_path / "out" / "00000.png").read_text() == "mine"
+    assert (tmp_path / ".x.png").read_text() == "mine too"
+    assert Image.open(tmp_path / "out" / "00000-1.png").text["prompt"] == "a star"
 
-def test_a_full_disk_spares_the_picture_there(tmp_path, monkeypatch):
+
+def test_a_full_disk_spares_the_image_there(tmp_path, monkeypatch):
     path = tmp_path / "x.png"
-    save_picture(Image.new("RGB", (8, 8), "red"), path)
+    save_image(Image.new("RGB", (8, 8), "red"), path)
     before = contents(tmp_path)
 
     def full(self, file, *rest, **options):
@@ -285,206 +204,37 @@ def test_a_full_disk_spares_the_picture_there(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Image.Image, "save", full)
     with pytest.raises(OSError):
-        save_picture(Image.new("RGB", (8, 8), "blue"), path)
+        save_image(Image.new("RGB", (8, 8), "blue"), path)
     assert contents(tmp_path) == before
 
 
 def test_asking_needs_no_writable_folder(call, tmp_path):
-    """A file stands where the drawings' folder would be."""
+    """A file stands where the images' folder would be."""
     (tmp_path / "samples").write_text("")
     (tmp_path / "a.txt").write_text("what colour is a lemon?\n")
-    assert call("sample", "--prompts", "a.txt", "--ask") == (0, [])
+    code, out, lines = call("sample", "--prompts", "a.txt", "--ask")
+    assert code == 0 and out.strip() and not lines
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "samples"]
 
 
-def test_a_float_picture_is_seen():
+def test_a_float_image_is_seen():
     values = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
     seen = np.asarray(to_rgb(Image.fromarray(values)))
     assert seen.max() == 255 and np.abs(seen[..., 0] - values * 255).max() <= 1
 
 
 def test_a_long_prompts_warning_is_one_line(call):
-    code, lines = call("sample", "a red star " * 200, "--steps", 2)
-    assert code == 0 and lines == ["warning: prompt cut from 602 to 256 tokens"] or lines
+    code, _, lines = call("sample", "a red star " * 200, "--steps", 2)
+    assert code == 0 and all(line.startswith("warning: prompt cut from") for line in lines)
 
 
-def test_the_python_interface_says_what_it_expects(build):
-    model = build()
-    picture = Image.new("RGB", (16, 16))
-    one = model.encode_prompts("a red star")[0]
-    assert torch.equal(one, model.encode_prompts(["a red star"])[0])
-    flat = model.encode_prompts(["a", "b"], [picture, picture])[0]
-    assert torch.equal(flat, model.encode_prompts(["a", "b"], [[picture], [picture]])[0])
-    two = model.encode_prompts("a", [picture, picture])[0]
-    assert torch.equal(two, model.encode_prompts(["a"], [[picture, picture]])[0])
-    for images in (["x.png"], [["x.png"]], [np.zeros((8, 8, 3))], [[picture], [picture]]):
-        with pytest.raises(InputError, match="images"):
-            model.generate(["a"], images)
-    with pytest.raises(InputError, match="Unicode"):
-        model.encode_prompts([None])
-    with pytest.raises(InputError, match="unknown connector 'x'"):
-        MetaQuery.from_pretrained(TINY, connector="x")
-
-
-def test_a_missing_pad_token_is_the_end_token(parts, tmp_path, build):
-    folder = shutil.copytree(parts / "qwen", tmp_path / "qwen")
-    path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text())
-    end = settings["eos_token"]
-    settings |= {"pad_token": None, "tokenizer_class": "PreTrainedTokenizerFast"}
-    path.write_text(json.dumps(settings))
-    model = build(folder)
-    assert model.tokenizer.pad_token == end
-    assert model.encode_prompts(["a red star", "a"])[0].isfinite().all()
-
-
-# ---- Training ------------------------------------------------------------------------------------
-
-
-def start(parts, out, *flags):
-    """The command of a short run on tiny random parts."""
-    names = {"--mllm": parts / "llava", "--diffusion": parts / "sana64", "--out": out}
-    names |= {"--num-queries": 4, "--connector-layers": 1, "--batch-size": 2, "--warmup": 1}
-    return [str(part) for pair in names.items() for part in pair] + list(map(str, flags))
-
-
-def test_frozen_diffusion_trains_saves_and_draws(call, parts, tmp_path):
-    flags = ["--steps", 2, "--train-diffusion", "false", "--sample-every", 1, "--save-every", 1]
-    code, lines = call("train", *start(parts, "run", *flags))
-    assert code == 0 and (tmp_path / "run" / "samples" / "step-00000001.png").exists(), lines
-    trained = load_file(tmp_path / "run" / "model.safetensors")
-    assert trained and not any(name.startswith("diffusion") for name in trained)
-
-
-@pytest.mark.parametrize("streaming, workers", [(True, 0), (False, 0)])
-def test_one_row_is_enough_for_one_reader(call, parts, world, streaming, workers):
-    flags = ["--data", world / "one", "--streaming", str(streaming).lower(), "--steps", 2]
-    assert call("train", *start(parts, "run", *flags, "--sample-every", 9))[0] == 0
-
-
-def test_a_reader_without_rows_is_one_line(parts, world, tmp_path):
-    flags = ["--data", world / "one", "--streaming", "true", "--workers", 2, "--steps", 2]
-    command = [sys.executable, "train.py", *start(parts, tmp_path / "run", *flags)]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120
-    )
-    last = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert last.startswith("error: reader") and "--workers" in last
-
-
-def test_a_single_file_is_a_dataset(call, parts, world):
-    flags = ["--data", world / "two" / "x.parquet", "--steps", 2, "--sample-every", 9]
-    assert call("train", *start(parts, "run", *flags))[0] == 0
-
-
-def test_reconstruction_needs_no_captions(call, parts, tmp_path):
-    rows = datasets.Dataset.from_dict({"image": [Image.new("RGB", (64, 64))] * 4})
-    rows.cast_column("image", datasets.Image()).to_parquet(tmp_path / "x.parquet")
-    flags = ["--data", "x.parquet", "--stage", "reconstruct", "--steps", 2, "--sample-every", 9]
-    assert call("train", *start(parts, "run", *flags))[0] == 0
-
-
-@pytest.mark.parametrize("streaming", ["true", "false"])
-def test_a_cut_shard_is_skipped_and_named(call, parts, tmp_path, streaming):
-    Image.new("RGB", (64, 64), "red").save(tmp_path / "0.jpg")
-    (tmp_path / "0.txt").write_text("a red star")
-    (tmp_path / "shards").mkdir()
-    for name in ("a", "b"):
-        with tarfile.open(tmp_path / "shards" / f"{name}.tar", "w") as tar:
-            for i in range(4):
-                for kind in ("jpg", "txt"):
-                    tar.add(tmp_path / f"0.{kind}", f"{i}.{kind}")
-    path = tmp_path / "shards" / "b.tar"
-    path.write_bytes(path.read_bytes()[:1500])
-    flags = ["--data", "shards", "--streaming", streaming, "--steps", 3, "--sample-every", 9]
-    code, lines = call("train", *start(parts, "run", *flags))
-    assert code == 0 and "skipped 1 of 2 shards, cut off: b.tar" in lines, lines
-
-
-def test_a_second_run_in_the_same_folder_is_refused(call, parts, tmp_path):
-    flags = start(parts, tmp_path / "run", "--steps", 10**6, "--sample-every", 10**6)
-    command = [sys.executable, "train.py", *flags]
-    with subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE) as first:
-        while not (tmp_path / "run" / "log.jsonl").exists() and first.poll() is None:
-            time.sleep(0.2)
-        code, lines = call("train", *flags)
-        first.kill()
-    assert code == 2 and "a run is using" in lines[-1]
-    assert call("train", *start(parts, tmp_path / "run", "--steps", 1))[0] == 0  # the lock is gone
-
-
-def test_a_finished_run_is_not_extended(call, parts, tmp_path):
-    assert call("train", *start(parts, "run", "--steps", 2))[0] == 0
-    before = contents(tmp_path)
-    code, lines = call("train", *start(parts, "run", "--steps", 4))
-    assert code == 2 and "--checkpoint run --out OTHER" in lines[-1]
-    log = str(tmp_path / "run" / "log.jsonl")
-    assert contents(tmp_path)[log] == before[log]
-
-
-def test_a_run_shorter_than_its_warm_up_says_so(call, parts):
-    code, lines = call("train", *start(parts, "run", "--steps", 1))
-    assert code == 0 and "no more than --warmup 1" in lines[0]
-
-
-def test_a_checkpoint_can_be_moved(call, parts, tmp_path):
-    """Parts beside metaquery.py are named relative to it, so that any clone finds them."""
-    assert call("train", "--steps", 1, "--warmup", 0, "--batch-size", 2, "--out", "run")[0] == 0
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert config["mllm"] == "weights/tiny/mllm"
-    shutil.move(tmp_path / "run", tmp_path / "moved")
-    assert call("sample", *STAR, "--checkpoint", "moved") == (0, [])
-
-
-def test_help_is_complete_and_imports_nothing_slow():
-    code = "import runpy, sys\nsys.argv = ['train.py', '--help']\n"
-    code += "try: runpy.run_path('train.py', run_name='__main__')\n"
-    code += "finally: print('slow:', {'torch', 'transformers', 'datasets'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "slow: set()" in done.stdout
-    for words in ("--num-queries", "how many learnable queries", "(900)", "{enc-proj,proj-enc}"):
-        assert words in done.stdout
-
-
-def interrupted(command, after, twice=False):
-    """(exit code, stderr's lines) of a command that gets Ctrl-C once `after()` holds."""
-    began = time.time()
+@pytest.mark.parametrize("seconds", [0.3, 2.0])
+def test_ctrl_c_while_starting_is_one_line(tmp_path, seconds):
+    command = [sys.executable, "sample.py", "a star", "--steps", "1000", "--out"]
     options = {"cwd": ROOT, "env": environment(), "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, **options) as process:
-        while not after() and time.time() - began < 60:
-            time.sleep(0.1)
+    with subprocess.Popen([*command, tmp_path / "x.png"], **options) as process:
+        time.sleep(seconds)
         process.send_signal(signal.SIGINT)
-        if twice:
-            time.sleep(1)
-            process.send_signal(signal.SIGINT)
         error = process.communicate(timeout=20)[1]
-    return process.returncode, error.strip().splitlines()
-
-
-@pytest.mark.parametrize("name", ["sample", "train"])
-@pytest.mark.parametrize("seconds", [0.5, 1.5, 3.0])
-def test_ctrl_c_while_starting_is_one_line(parts, tmp_path, name, seconds):
-    began = time.time()
-    flags = ["a star", "--steps", "1000"] if name == "sample" else start(parts, tmp_path / "run")
-    flags += ["--out", str(tmp_path / "x.png")] if name == "sample" else []
-    command = [sys.executable, f"{name}.py", *flags]
-    code, lines = interrupted(command, lambda: time.time() - began > seconds)
-    assert code == 130 and lines[-1] == "stopped" and "Traceback" not in "".join(lines)
-
-
-def test_a_second_ctrl_c_ends_a_run_that_waits_for_data(parts, tmp_path):
-    """A loader that never gives a batch: its picture files are pipes that nobody writes to."""
-    (tmp_path / "data").mkdir()
-    os.mkfifo(tmp_path / "data" / "0.png")
-    (tmp_path / "data" / "metadata.csv").write_text("file_name,text\n0.png,a red star\n")
-    flags = ["--data", tmp_path / "data", "--steps", 10]
-    command = [sys.executable, "train.py", *start(parts, tmp_path / "run", *flags)]
-    log = tmp_path / "run" / "log.jsonl"
-    code, lines = interrupted(command, log.exists, twice=True)
-    assert code == 130 and lines[-1] == "stopped"
-
-
-def test_a_folder_of_pictures_is_named_as_one(tmp_path):
-    with pytest.raises(ValueError, match="is a folder"):
-        open_picture(tmp_path)
+    assert process.returncode == 130 and error.strip().splitlines()[-1] == "stopped"
+    assert "Traceback" not in error and not list(tmp_path.iterdir())

@@ -1,17 +1,21 @@
-"""Picture files: every mode is read as it looks, a bad file is an error of one line."""
+"""Image files: every mode is read as it looks, a bad file is an error of one line."""
 
+import io
 import struct
 import zlib
 
+import commands
 import numpy as np
 import pytest
-from conftest import check_refused, cli, noise_picture
+from conftest import noise_image
 from PIL import Image
 
-from sample import grid, open_picture
-from metaquery import to_rgb
+from metaquery import InputError
+from sample import grid, open_image, save_image
 from toy.scene import render
 from toy.tasks import task
+
+call, check_refused = commands.call, commands.check_refused
 
 
 def saved(folder, mode):
@@ -61,44 +65,59 @@ MODES = (
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_every_mode_of_picture_is_seen_as_it_looks(tmp_path, mode):
+def test_every_mode_is_seen_as_it_looks(tmp_path, mode):
     path, right = saved(tmp_path, mode)
-    seen = to_rgb(open_picture(path))
+    seen = open_image(path)
     assert seen.mode == "RGB" and seen.size == right.size
     assert np.abs(np.asarray(seen, int) - np.asarray(right, int)).max() <= 3
 
 
-def test_edits_subjects_and_answers_on_the_command_line(tmp_path):
+def test_damaged_exif_is_one_line(tmp_path):
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16), "red").save(file, "PNG")
+    data = file.getvalue()
+    chunk = b"eXIf" + b"garbage"
+    chunk = struct.pack(">I", 7) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    (tmp_path / "x.png").write_bytes(data[:33] + chunk + data[33:])
+    with pytest.raises(InputError, match="^cannot read .*x.png"):
+        open_image(tmp_path / "x.png")
+
+
+def test_edits_subjects_and_answers_on_the_command_line(call, tmp_path):
     render(task("edit", 0).sources[0]).save(tmp_path / "a.png")
     Image.new("L", (90, 50), 128).save(tmp_path / "b.png")
-    a, b, out = tmp_path / "a.png", tmp_path / "b.png", tmp_path / "drawn.png"
-    few = ("--steps", 2, "--out", out)
+    out = tmp_path / "out.png"
     for flags in (
-        ["make it green", "--image", a],
-        ["both objects", "--image", a, "--image", b],
-        ["--image", a, "--num-images", 4, "--image-guidance", 1],
+        ["make it green", "--image", "a.png"],
+        ["both objects", "--image", "a.png", "--image", "b.png"],
+        ["--image", "a.png", "--num-images", 4, "--image-guidance", 1],
     ):
-        done = cli(*flags, *few)
-        assert done.returncode == 0, done.stderr
+        assert call("sample", *flags, "--steps", 2, "--out", out)[0] == 0
         assert out.exists()
         out.unlink()
-    done = cli("how many objects?", "--image", a, "--ask")
-    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+    code, text, _ = call("sample", "how many objects?", "--image", "a.png", "--ask")
+    assert code == 0 and text.strip()
 
 
-def test_one_bad_picture_of_many_loses_nothing(tmp_path):
-    """The rest are drawn, the bad ones named, and the exit code is 2."""
-    Image.new("RGB", (20, 20), "red").save(tmp_path / "a.png")
-    (tmp_path / "broken.png").write_bytes((tmp_path / "a.png").read_bytes()[:50])
-    rows = ['{"prompt": "make it blue", "images": ["a.png"]}'] * 10
+def test_one_bad_image_of_many_loses_nothing(call, tmp_path):
+    """The rest are generated, the bad ones named, and the exit code is 2."""
+    (tmp_path / "list").mkdir()
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "list" / "a.png")
+    noise_image(64, 64).save(tmp_path / "list" / "broken.png")
+    data = (tmp_path / "list" / "broken.png").read_bytes()
+    (tmp_path / "list" / "broken.png").write_bytes(data[:3000])
+    rows = ['{"prompt": "make it blue", "images": ["a.png"]}'] * 10  # beside the list
+    rows[4] = '{"prompt": "make it blue", "images": ["' + "x" * 5000 + '.png"]}'
     rows[6] = '{"prompt": "make it blue", "images": ["broken.png"]}'
     rows[8] = '{"prompt": '
-    (tmp_path / "p.jsonl").write_text("\n".join(rows))
-    done = cli("--prompts", tmp_path / "p.jsonl", "--steps", 2, "--out", tmp_path / "drawn")
+    rows[9] = "[" * 200_000
+    (tmp_path / "list" / "p.jsonl").write_text("\n".join(rows))
+    done = call("sample", "--prompts", "list/p.jsonl", "--steps", 1, "--out", "out")
     check_refused(done, "broken.png")
-    assert "prompt 7" in done.stderr and "line 9" in done.stderr
-    names = [path.name for path in sorted((tmp_path / "drawn").iterdir())]
-    assert names == [f"{i:05d}.png" for i in range(10) if i not in (6, 8)]
+    for words in ("prompt 5:", "prompt 7:", "line 9", "line 10"):
+        assert words in done[2][0]
+    names = [path.name for path in sorted((tmp_path / "out").iterdir())]
+    assert names == [f"{i:05d}.png" for i in (0, 1, 2, 3, 5, 7)]
 
 
 def bomb(path):
@@ -114,42 +133,49 @@ def bomb(path):
 
 
 @pytest.mark.parametrize(
-    "what, words",
+    "problem, words",
     [
-        ("missing", "no picture"),
-        ("truncated", "broken"),
-        ("text", "not a picture"),
-        ("bomb", "million pixels"),
+        ("missing", "No such file"),
+        ("truncated", "truncated"),
+        ("text", "cannot identify"),
+        ("bomb", "pixels"),
         ("many", "at most 6"),
         ("folder", "f.png"),
+        ("loop", "f.png"),
     ],
 )
-def test_bad_pictures_are_one_line(tmp_path, what, words):
+def test_bad_images_are_one_line(call, tmp_path, problem, words):
     path = tmp_path / "f.png"
-    if what == "truncated":
-        noise_picture(64, 64).save(path)
+    if problem == "truncated":
+        noise_image(64, 64).save(path)
         path.write_bytes(path.read_bytes()[:3000])
-    elif what == "text":
-        path.write_text("no picture at all")
-    elif what == "bomb":
+    elif problem == "text":
+        path.write_text("no image at all")
+    elif problem == "bomb":
         bomb(path)
-    elif what == "many":
-        noise_picture(9, 9).save(path)
-    elif what == "folder":
+    elif problem == "many":
+        noise_image(9, 9).save(path)
+    elif problem == "folder":
         path.mkdir()
-    flags = ["--image", path] * (7 if what == "many" else 1)
-    done = cli("make it green", *flags, "--out", tmp_path / "x.png")
-    check_refused(done, words)
+    elif problem == "loop":
+        path.symlink_to(path)
+    flags = ["--image", path] * (7 if problem == "many" else 1)
+    check_refused(call("sample", "make it green", *flags, "--out", "x.png"), words)
     assert not (tmp_path / "x.png").exists()
 
 
-def test_asking_without_a_question_is_one_line(tmp_path):
-    check_refused(cli("--ask", "--image", "a.png"), "question")
+def test_a_link_is_followed_and_stays_one(tmp_path):
+    (tmp_path / "disk").mkdir()
+    link = tmp_path / "x.png"
+    link.symlink_to(tmp_path / "disk" / "y.png")
+    save_image(Image.new("RGB", (8, 8), "red"), link, prompt="é")
+    assert link.is_symlink() and Image.open(tmp_path / "disk" / "y.png").text == {"prompt": "é"}
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["y.png"]
 
 
 def test_a_grid_is_as_square_as_possible():
-    pictures = [Image.new("RGB", (8, 6), color) for color in ("red", "green", "blue")]
-    sheet = grid(pictures)
+    images = [Image.new("RGB", (8, 6), color) for color in ("red", "green", "blue")]
+    sheet = grid(images)
     assert sheet.size == (8 + 2 + 8, 6 + 2 + 6)
     assert sheet.getpixel((0, 8)) == (0, 0, 255) and sheet.getpixel((17, 13)) == (190, 190, 190)
-    assert grid(pictures, 3, gap=0).size == (24, 6)
+    assert grid(images, 3, gap=0).size == (24, 6)

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sample import grid
 from metaquery import MetaQuery
+from sample import grid
 from toy.talk import TALKS, talks
 from toy.tasks import KINDS, TEXT_KINDS, task
 

@@ -3,112 +3,89 @@
 import json
 import random
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 
+import commands
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, check_refused, cli, environment, run
+from conftest import ROOT, TINY, environment
 from PIL import Image
 
-from metaquery import MetaQuery
-from extras.toy_parts.fit import pictures_to_tensor
-from extras.toy_parts.__main__ import same
+import sample
 from extras.toy_parts.language import answers
-from toy.scene import COLORS, SHAPES, Goal, GoalObject, random_scene, render, score
+from metaquery import SYSTEM_PROMPT, to_pixels
+from toy.scene import COLORS, SHAPES, Goal, GoalObject, random_scene, score
 from toy.talk import Talk, unseen_question
-from toy.tasks import KINDS, SIX_KINDS, task
-from toy.vocabulary import words_in
+from toy.tasks import SIX_KINDS, task
 from toy.words import NUMBERS, describe
 
-
-@pytest.fixture(scope="module")
-def tiny():
-    return MetaQuery.from_pretrained(TINY).eval()
+call, check_refused = commands.call, commands.check_refused
 
 
-COPIED = ("data", "toy", "training", "benchmarks", "weights")
-COPIED += ("metaquery.py", "sample.py", "train.py")
-FEW_STEPS = {"sample.py": " --steps 6", "train.py": " --steps 2 --warmup 1 --batch-size 4"}
-
-
-def test_readme_commands(tmp_path):
-    """The README's commands run in their order, in a fresh copy, with few steps.
-
-    Left out is what needs the hub or torchrun, and what takes hours.
-    """
+# ---- The README ----------------------------------------------------------------------------------
+def readme(language):
     text = (ROOT / "README.md").read_text()
-    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.S))
-    assert "pip install -r requirements.txt && python sample.py" in blocks
-    assert "python -m pytest -n 2 --dist loadfile" in text
-    for name in COPIED:
-        (tmp_path / name).symlink_to(ROOT / name)
-    run_too = 0
-    for line in blocks.splitlines():
-        line = line.split("&&")[-1].split("#")[0].strip()
-        command = re.match(r"python (sample.py|train.py|-m training.sizes)", line)
+    return "\n".join(re.findall(rf"```{language}\n(.*?)```", text, re.S))
+
+
+def test_the_readmes_commands(call, monkeypatch):
+    """Those of sample.py run in their order, with few steps; public weights are only parsed."""
+    count = 0
+    for line in readme("bash").splitlines():
+        command = re.search(r"python sample.py ([^#]*)", line)
         if not command:
             continue
-        line += "" if "--ask" in line else FEW_STEPS.get(command[1], "")
-        line = line.replace("python", sys.executable, 1)
-        options = {"shell": True, "capture_output": True, "text": True}
-        done = subprocess.run(line, cwd=tmp_path, env=environment(), **options)
-        assert done.returncode == 0, (line, done.stderr)
-        run_too += 1
-    assert run_too >= 10
+        flags = shlex.split(command[1])
+        if {"openuni-b-512", "unipic2"} & set(flags):
+            monkeypatch.setattr(sys, "argv", ["sample.py", *flags])
+            assert sample.parse_arguments().checkpoint in flags
+        else:
+            if "--ask" not in flags:
+                flags += ["--steps", "6"]
+            assert call("sample", *flags)[0] == 0, line
+        count += 1
+    assert count >= 5
 
 
-def test_readme_python():
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    done = run([sys.executable, "-c", block], OMP_NUM_THREADS="2")
-    assert done.returncode == 0 and done.stdout.strip(), done.stderr
-
-
-def test_training_from_the_shipped_frozen_parts(tmp_path):
-    done = run(
-        [
-            sys.executable,
-            "train.py",
-            "--size",
-            "tiny",
-            "--stage",
-            "pretrain",
-            "--steps",
-            "2",
-            "--batch-size",
-            "4",
-            "--out",
-            str(tmp_path),
-        ]
+def test_the_readmes_python():
+    out = subprocess.run(
+        [sys.executable, "-c", readme("python")], cwd=ROOT, env=environment(), capture_output=True
     )
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "samples" / "step-00000002.png").exists()
+    assert out.returncode == 0 and out.stdout.strip(), out.stderr
+
+
+# ---- The shipped weights -------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def tiny():
+    return commands.shipped(torch.float32).eval()
 
 
 def share_right(model, kinds, number):
-    """Share of unseen cases of some kinds that the shipped model draws right."""
-    made = [task(kind, i, split="test") for kind in kinds for i in range(number)]
+    """Share of unseen cases of some kinds that the shipped model generates right."""
+    tasks = [task(kind, i, split="test") for kind in kinds for i in range(number)]
     generator = torch.Generator().manual_seed(0)
-    prompts, images = [s.prompt for s in made], [s.images for s in made]
-    pictures = model.generate(prompts, images, num_inference_steps=20, generator=generator)
-    return sum(score(p, s.goal) for p, s in zip(pictures, made, strict=True)) / len(made)
+    prompts, images = [t.prompt for t in tasks], [t.images for t in tasks]
+    results = model.generate(prompts, images, num_inference_steps=10, generator=generator)
+    return sum(score(image, t.goal) for image, t in zip(results, tasks, strict=True)) / len(tasks)
 
 
-def test_a_sentence_becomes_its_picture(tiny):
-    """Single objects and colours are drawn right, also pairs that no caption ever named."""
+def test_a_sentence_becomes_its_image(tiny):
+    """Single objects and colours are right, also pairs that no caption ever named."""
     assert share_right(tiny, ["single object", "colors", "held-out"], 10) >= 0.9
 
 
-def test_six_kinds_are_drawn_right(tiny):
+def test_six_kinds_are_right(tiny):
     assert share_right(tiny, SIX_KINDS, 8) >= 0.85
 
 
-def test_the_readmes_sentence_becomes_its_picture(tiny):
-    want = Goal((GoalObject("red", "star"), GoalObject("blue", "circle")), "left of")
+def test_the_readmes_sentence_becomes_its_image(tiny):
+    goal = Goal((GoalObject("red", "star"), GoalObject("blue", "circle")), "left of")
     prompt = ["a red star left of a blue circle"]
-    assert score(tiny.generate(prompt, generator=torch.Generator().manual_seed(0))[0], want)
+    assert score(tiny.generate(prompt, generator=torch.Generator().manual_seed(0))[0], goal)
 
 
 @pytest.mark.parametrize(
@@ -122,143 +99,176 @@ def test_the_readmes_sentence_becomes_its_picture(tiny):
         ("association", 0.8),
     ],
 )
-def test_pictures_in_become_right_pictures(tiny, kind, share):
+def test_images_in_become_right_images(tiny, kind, share):
     """With room for chance: 16 cases of each kind; the README's figures are of more."""
     assert share_right(tiny, [kind], 16) >= share
 
 
-def test_same_seed_same_picture_alone_or_in_a_file(tmp_path):
-    (tmp_path / "p.txt").write_text("a green square\n\na red star\n")
-    (tmp_path / "p.jsonl").write_text('{"prompt": "a green square"}\n{"prompt": "a red star"}\n')
-    assert (
-        cli("a red star", "--seed", 4, "--steps", 4, "--out", tmp_path / "one.png").returncode == 0
-    )
-    for name in ("p.txt", "p.jsonl"):
-        out = tmp_path / name.replace(".", "-")
-        done = cli("--prompts", tmp_path / name, "--seed", 4, "--steps", 4, "--out", out)
-        assert done.returncode == 0, done.stderr
-        assert len(list(out.glob("*.png"))) == 2
-        one, again = (Image.open(p).tobytes() for p in (tmp_path / "one.png", out / "00001.png"))
-        assert max(abs(a - b) for a, b in zip(one, again, strict=True)) <= 2
-
-
-def test_several_pictures_are_a_grid_or_numbered_files(tmp_path):
-    assert (
-        cli("a star", "--num-images", 4, "--steps", 2, "--out", tmp_path / "g.png").returncode == 0
-    )
-    assert Image.open(tmp_path / "g.png").size == (130, 130)
-    done = cli("", "--num-images", 3, "--steps", 2, "--out", tmp_path / "many")
-    assert done.returncode == 0 and str(tmp_path / "many") in done.stdout
-    assert [p.name for p in sorted((tmp_path / "many").iterdir())] == [
-        "00000.png",
-        "00001.png",
-        "00002.png",
-    ]
-
-
-def test_the_first_line_says_what_the_tiny_model_knows(tmp_path):
-    done = cli("a star", "--steps", 1, "--out", tmp_path / "x.png")
-    assert done.returncode == 0 and "6 shapes, 8 colours" in done.stdout.splitlines()[0]
-    assert "unknown" not in done.stderr and "warning" not in done.stderr
-
-
-def test_words_never_seen_are_named_in_one_line(tmp_path):
-    done = cli("a cat on a red sofa", "--steps", 1, "--out", tmp_path / "x.png")
-    warnings = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
-    assert done.returncode == 0 and (tmp_path / "x.png").exists()
-    assert len(warnings) == 1 and "cat, sofa" in warnings[0] and "red" not in warnings[0]
-
-
-def test_no_word_of_the_toy_world_is_unknown():
-    known = set((TINY / "mllm" / "vocabulary.txt").read_text().split())
-    kinds = [kind for kind in KINDS if kind != "free wordings"]  # which holds typing slips
-    prompts = [task(kind, i, split="test").prompt for kind in kinds for i in range(100)]
-    assert not words_in(" ".join(prompts)) - known
-
-
-def test_shipped_vae_is_read_after_it(tiny):
+def test_the_shipped_vae_is_read_after_it(tiny):
     """The scorer still reads 99% of the toy VAE's reconstructions."""
-    made = [task(kind, i, split="test") for kind in (*SIX_KINDS, "dense") for i in range(30)]
-    pixels = pictures_to_tensor([s.picture for s in made])
-    redrawn = tiny.decode_latents(tiny.encode_latents(pixels))
-    assert sum(score(p, s.goal) for p, s in zip(redrawn, made, strict=True)) >= 0.99 * len(made)
+    tasks = [task(kind, i, split="test") for kind in (*SIX_KINDS, "dense") for i in range(30)]
+    pixels = to_pixels([t.picture for t in tasks], tiny.resolution)
+    images = tiny.decode_latents(tiny.encode_latents(pixels))
+    right = [score(image, t.goal) for image, t in zip(images, tasks, strict=True)]
+    assert sum(right) >= 0.99 * len(tasks)
 
 
-def test_shipped_mllm_knows(tiny):
+def test_the_shipped_mllm_knows(tiny):
     """Unseen knowledge prompts are restated plainly: 97%."""
-    made = [task("knowledge", i, split="test") for i in range(200)]
-    said = answers(tiny.mllm, tiny.processor, [Talk(s.prompt, "", (), True) for s in made])
-    assert sum(a == s.plain for a, s in zip(said, made, strict=True)) >= 0.97 * len(made)
+    tasks = [task("knowledge", i, split="test") for i in range(200)]
+    texts = answers(tiny.mllm, tiny.processor, [Talk(t.prompt, "", (), True) for t in tasks])
+    assert sum(a == t.plain for a, t in zip(texts, tasks, strict=True)) >= 0.97 * len(tasks)
 
 
-def test_shipped_mllm_sees(tiny):
+def test_the_shipped_mllm_sees(tiny):
     """Captions with the right set of (shape, colour, count): 95%."""
     rng = random.Random("see")
     scenes = [random_scene(rng) for _ in range(100)]
-    said = answers(tiny.mllm, tiny.processor, [Talk("", "", (scene,), True) for scene in scenes])
-    right = [words_of(a) == words_of(describe(s)) for a, s in zip(said, scenes, strict=True)]
+    texts = answers(tiny.mllm, tiny.processor, [Talk("", "", (scene,), True) for scene in scenes])
+    right = [objects_in(a) == objects_in(describe(s)) for a, s in zip(texts, scenes, strict=True)]
     assert sum(right) >= 0.95 * len(right)
 
 
-def test_shipped_mllm_answers(tiny):
-    """Questions about pictures, as a user asks them; with room for chance."""
-    asked = [unseen_question(i) for i in range(30)]
-    right = [tiny.answer(t.user, t.images) == t.assistant for t in asked]
+def test_the_shipped_mllm_answers(tiny):
+    """Questions about images, as a user asks them; with room for chance."""
+    questions = [unseen_question(i) for i in range(30)]
+    right = [tiny.answer(t.user, t.images) == t.assistant for t in questions]
     assert sum(right) >= 0.7 * len(right)
 
 
-def words_of(text):
-    """A description's set of (shape, colour, count), whatever its places."""
+def objects_in(text):
+    """A description's {(colour, shape): count}, whatever its places."""
     found = {}
-    for number, color, shape in re.findall(
-        rf"(\w+) ({'|'.join(COLORS)}) ({'|'.join(SHAPES)})", text
-    ):
-        found[color, shape] = found.get((color, shape), 0) + (
-            NUMBERS.index(number) if number in NUMBERS else 1
-        )
+    names = rf"(\w+) ({'|'.join(COLORS)}) ({'|'.join(SHAPES)})"
+    for number, color, shape in re.findall(names, text):
+        count = NUMBERS.index(number) if number in NUMBERS else 1
+        found[color, shape] = found.get((color, shape), 0) + count
     return found
 
 
-def test_shipped_weights_are_small():
+def test_the_shipped_weights_are_small():
     assert sum(f.stat().st_size for f in TINY.rglob("*") if f.is_file()) <= 40e6
 
 
-def broken(tmp_path, what):
+# ---- The command ---------------------------------------------------------------------------------
+def notes(path):
+    return Image.open(path).text
+
+
+def test_a_seed_means_the_same_image_alone_or_in_a_file(call, tmp_path):
+    (tmp_path / "p.txt").write_text("a green square\n\na red star\n")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a green square"}\n{"prompt": "a red star"}\n')
+    few = ("--seed", 4, "--steps", 4)
+    assert call("sample", "a red star", *few, "--out", "one.png")[0] == 0
+    one = np.asarray(Image.open("one.png"), int)
+    for name in ("p.txt", "p.jsonl"):
+        assert call("sample", "--prompts", name, *few, "--out", name[2:])[0] == 0
+        assert len(list((tmp_path / name[2:]).iterdir())) == 2
+        again = np.asarray(Image.open(f"{name[2:]}/00001.png"), int)
+        assert np.abs(again - one).max() <= 2
+
+
+def test_several_images_are_a_grid_or_numbered_files(call, tmp_path):
+    assert call("sample", "a star", "--num-images", 4, "--steps", 2, "--out", "g.png")[0] == 0
+    assert Image.open("g.png").size == (130, 130)
+    code, out, _ = call("sample", "", "--num-images", 3, "--steps", 2, "--out", "many")
+    assert code == 0 and out.endswith("saved 3 images in many\n")
+    names = [path.name for path in sorted((tmp_path / "many").iterdir())]
+    assert names == ["00000.png", "00001.png", "00002.png"]
+
+
+def test_each_row_has_its_own_size_seed_and_negative_prompt(call, tmp_path, tiny, monkeypatch):
+    rows = [
+        {"prompt": "a star", "height": 32, "width": 96, "seed": 5},
+        {"prompt": "a star", "negative_prompt": "red"},
+        {"prompt": "a star"},
+    ]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    seen, plain = [], tiny.generate
+
+    def generate(*inputs):
+        seen.append((*inputs[2], inputs[7], inputs[8], inputs[9][0].initial_seed()))
+        return plain(*inputs)
+
+    monkeypatch.setattr(tiny, "generate", generate)
+    flags = ["--prompts", "p.jsonl", "--steps", 1, "--seed", 3, "--negative-prompt", "blue"]
+    assert call("sample", *flags, "--out", "o", "--height", 64)[0] == 0
+    assert seen == [("blue", 32, 96, 5), ("red", "blue", 64, None, 3)]
+    assert Image.open("o/00000.png").size == (96, 32) and notes("o/00000.png")["seed"] == "5"
+    assert Image.open("o/00001.png").size == (64, 64)
+
+
+def test_what_the_model_understood_is_said(call, tiny, monkeypatch):
+    monkeypatch.setitem(tiny.generation_config, "restates", True)
+    code, out, _ = call("sample", "a brown circle, please", "--steps", 1)
+    assert code == 0 and out.startswith("drawn as: a brown circle\n")
+    assert notes("sample.png")["drawn as"] == "a brown circle"
+    monkeypatch.setitem(tiny.generation_config, "restates", False)
+    assert call("sample", "a brown circle", "--steps", 1)[1] == "saved sample-1.png\n"
+    assert "drawn as" not in notes("sample-1.png")
+
+
+def test_a_prompt_is_rewritten_by_the_untouched_mllm(call, tiny, monkeypatch):
+    """It is asked once, without the queries' system prompt; the image is of what it wrote."""
+    asked = []
+
+    def answer(prompt, images, system=None, max_new_tokens=256):
+        asked.append((prompt, system))
+        return "a red\nstar "
+
+    monkeypatch.setattr(tiny, "answer", answer)
+    few = ("--steps", 2, "--out")
+    code, out, _ = call("sample", "a thing", "--rewrite", *few, "a.png")
+    assert code == 0 and "rewritten as: a red star\n" in out
+    asked = [text for text, system in asked if system != SYSTEM_PROMPT]
+    assert asked == [sample.REWRITE.format("a thing")]
+    assert notes("a.png")["prompt"] == "a thing"
+    assert notes("a.png")["rewritten as"] == "a red star"
+    call("sample", "a red star", *few, "b.png")
+    assert Image.open("a.png").tobytes() == Image.open("b.png").tobytes()
+
+
+def test_the_batch_size_bounds_what_is_generated_at_once(call, tmp_path, tiny, monkeypatch):
+    (tmp_path / "p.txt").write_text("a star\n" * 5)
+    sizes, plain = [], tiny.generate
+    monkeypatch.setattr(tiny, "generate", lambda p, *rest: sizes.append(len(p)) or plain(p, *rest))
+    few = ("--steps", 1, "--out", "o", "--num-images", 2, "--batch-size", 5)
+    assert call("sample", "--prompts", "p.txt", *few)[0] == 0
+    assert sizes == [2, 2, 1] and len(list((tmp_path / "o").iterdir())) == 10
+
+
+def broken(tmp_path, problem):
     """A copy of the shipped checkpoint with one thing broken."""
-    folder = tmp_path / what
+    folder = tmp_path / problem
     folder.mkdir()
-    if what == "empty":
+    if problem == "empty":
         return folder
     config = json.loads((TINY / "config.json").read_text())
     config |= {name: str(TINY / config[name]) for name in ("mllm", "diffusion")}
     shutil.copy(TINY / "model.safetensors", folder)
-    if what == "truncated":
+    if problem == "truncated":
         weights = (folder / "model.safetensors").read_bytes()
         (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
-    if what == "other shape":
+    if problem == "other shape":
         config["num_queries"] += 1
-    if what == "other field":
+    if problem == "other field":
         config["queries"] = 3
-    (folder / "config.json").write_text("{" if what == "bad json" else json.dumps(config))
+    text = "{" if problem == "bad json" else json.dumps(config)
+    (folder / "config.json").write_text(text)
     return folder
 
 
 @pytest.mark.parametrize(
-    "what, words",
+    "problem, words",
     [
         ("empty", "config.json"),
         ("truncated", "corrupt"),
         ("bad json", "corrupt"),
-        ("other shape", "incompatible"),
+        ("other shape", "do not fit"),
         ("other field", "corrupt"),
     ],
 )
-def test_broken_checkpoint_is_one_line(tmp_path, what, words):
-    done = cli("a star", "--checkpoint", broken(tmp_path, what), "--out", tmp_path / "x.png")
-    check_refused(done, words)
+def test_a_broken_checkpoint_is_one_line(call, tmp_path, problem, words):
+    checkpoint = broken(tmp_path, problem)
+    check_refused(call("sample", "a star", "--checkpoint", checkpoint, "--out", "x.png"), words)
     assert not (tmp_path / "x.png").exists()
-
-
-def test_same_reads_a_right_picture():
-    scene = task("attribution", 0).target
-    assert same(scene, np.asarray(render(scene)))

@@ -1,47 +1,37 @@
 """The paper's sizes on the tiny one's code: real classes, folders as on the hub, real counts."""
 
 import json
-import subprocess
+import re
 import sys
+from itertools import accumulate
 
 import diffusers
 import pytest
 import torch
-import transformers
-from conftest import ROOT, WORDS, losses
+import torch.distributed as dist
+from conftest import losses
 from PIL import Image
+from torch.profiler import profile
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from extras.speed import peak
-from data.batches import resolution_of
-from metaquery import PRESETS, Connector, InputError, MetaQuery, MetaQueryConfig
-from extras.toy_parts.language import language_config, make_tokenizer
+from extras import sizes
+from extras.architectures import build as build_random
+from metaquery import Connector, InputError, MetaQuery, MetaQueryConfig
 from train import TrainConfig, train
 from training.attention import checkpoint_layers
-from extras.memory import Run, peak_of_step, plan
-from extras.sizes import (
-    DIFFUSIONS,
-    MLLMS,
-    QWEN,
-    count,
-    meta_diffusion,
-    meta_mllm,
-    meta_model,
-    parts_of,
-    print_parts,
-    text_size,
-)
+from training.distributed import precision
 
 PAIRS = [("llava", "sana"), ("qwen-vl", "sana"), ("qwen", "sd")]
 
 
 @pytest.mark.parametrize("mllm, diffusion", PAIRS)
-def test_stages_save_load_and_draw(parts, tmp_path, mllm, diffusion):
-    """Three steps of pretrain, then of reconstruct and edit where it sees; then a picture."""
+def test_stages_save_load_and_generate(parts, tmp_path, mllm, diffusion):
+    """Three steps of pretrain, then of reconstruct and edit where it sees; then an image."""
     changes = {"mllm": str(parts / mllm), "diffusion": str(parts / diffusion), "num_queries": 4}
     checkpoint = ""
     for stage in ("pretrain", "reconstruct", "edit")[: 1 if mllm == "qwen" else 3]:
         out = tmp_path / stage
-        recipe = {"steps": 3, "batch_size": 2, "warmup": 1, "sample_every": 100}
+        recipe = {"steps": 3, "batch_size": 2, "warmup": 1, "sample_every": 100, "device": "cpu"}
         train(TrainConfig(stage=stage, out=str(out), checkpoint=checkpoint, **recipe), changes)
         checkpoint = str(out)
         assert len(losses(out)) == 3 and torch.isfinite(torch.tensor(losses(out))).all()
@@ -57,8 +47,8 @@ def test_checkpointed_layers_give_the_same_gradients(build, mllm, diffusion):
     model = build(mllm, diffusion).double()
     images = None if mllm == "qwen" else [[Image.new("RGB", (30, 20), "red")], []]
     fixed = {"noise": torch.randn(2, model.diffusion.config.in_channels, 4, 4).double()}
-    fixed["sigma"] = torch.tensor([0.3, 0.8] if model.is_flow else [300, 800]).double()
-    kept, made = [], []
+    fixed["u"] = torch.tensor([0.3, 0.8]).double()
+    kept, results = [], []
     for checkpointed in (False, True):
         if checkpointed:
             checkpoint_layers(model)
@@ -69,11 +59,11 @@ def test_checkpointed_layers_give_the_same_gradients(build, mllm, diffusion):
             loss = model(["a red star", "a"], torch.zeros(2, 3, 8, 8).double(), images, **fixed)
         loss.backward()
         grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-        made.append((loss.detach(), model.queries.grad.clone(), grads))
+        results.append((loss.detach(), grads))
         kept.append(sum(bytes_kept))
-    assert torch.equal(made[0][0], made[1][0]) and kept[1] < 0.7 * kept[0]
-    assert all(torch.equal(a, b) for a, b in zip(made[0][2], made[1][2], strict=True))
-    assert made[0][1].abs().sum() > 0
+    assert torch.equal(results[0][0], results[1][0]) and kept[1] < 0.7 * kept[0]
+    assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
+    assert model.queries.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("diffusion, number", [("sd", 77), ("sana", 256)])
@@ -82,70 +72,135 @@ def test_conditions_of_the_paper_lengths_are_taken(build, diffusion, number, con
     """77 tokens by SD1.5's UNet and 256 by Sana, and prompts of unlike length with their mask."""
     model = build("qwen", diffusion, num_queries=number, condition_on=condition_on)
     prompts = ["a red star", "a"]
-    made, mask = model.encode_prompts(prompts)
-    assert made.shape[1] == number if mask is None else made.shape[:2] == mask.shape
+    cond, mask = model.encode_prompts(prompts)
+    assert cond.shape[1] == number if mask is None else cond.shape[:2] == mask.shape
     assert torch.isfinite(model(prompts, torch.zeros(2, 3, 8, 8)))
 
 
+# ---- Parameters ----------------------------------------------------------------------------------
+def millions(module):
+    return sum(parameter.numel() for parameter in module.parameters()) / 1e6
+
+
 @pytest.mark.parametrize(
-    "name, millions",
+    "size, mllm, diffusion",
+    [("study", 894, 592), ("base", 894, 1604), ("large", 3755, 1604), ("xlarge", 8292, 1604)],
+)
+def test_parts_have_their_published_sizes(size, mllm, diffusion):
+    model = sizes.meta_model(MetaQueryConfig.preset(size))
+    assert abs(millions(model.mllm) - mllm) < 1 and abs(millions(model.diffusion) - diffusion) < 1
+    config = MetaQueryConfig.preset(size)
+    assert config.connector_layers == 24 and config.num_queries == (64 if size == "study" else 256)
+
+
+def test_stable_diffusion_has_its_published_size():
+    changes = {"diffusion": "stable-diffusion-v1-5/stable-diffusion-v1-5", "num_queries": 77}
+    model = sizes.meta_model(MetaQueryConfig.preset("base", **changes))
+    assert abs(millions(model.diffusion) - 860) < 1 and not model.is_flow
+
+
+@pytest.mark.parametrize(
+    "design, layers, count",
+    [("enc-proj", 6, 84), ("enc-proj", 24, 316), ("proj-enc", 6, 517), ("proj-enc", 24, 2046)],
+)
+def test_connectors_have_the_sizes_of_table_3(design, layers, count):
+    with torch.device("meta"):
+        assert abs(millions(Connector(896, 2304, layers, design)) - count) < 1
+
+
+def test_layers_are_cut_alike():
+    with torch.device("meta"):
+        model = build_random(MetaQueryConfig.preset("base"), share=0.25)
+    assert len(model.mllm.get_decoder().layers) == len(model.connector.layers) == 6
+    assert len(model.diffusion.transformer_blocks) == 5
+
+
+# ---- Memory --------------------------------------------------------------------------------------
+def measured_peak(model, inputs, targets):
+    """Bytes of the most tensors alive in a real step, beside weights, gradients and moments."""
+    with profile(profile_memory=True) as profiled:
+        with precision(model, sizes.CPU, sizes.DTYPE):
+            loss = model(dict(inputs), targets)
+        loss.backward()
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_tracked_peaks_are_what_a_step_takes(checkpointed):
+    """Weights, gradients and moments by counting, and the rest within 10% of a real step's."""
+    config = MetaQueryConfig.preset("tiny")
+    run = sizes.Run(gradient_checkpointing=checkpointed)
+    model = build_random(config)
+    fixed = 0
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+            fixed += 4 * parameter.nbytes
+        else:
+            parameter.data = parameter.data.to(sizes.DTYPE)
+            fixed += parameter.nbytes
+    if checkpointed:
+        checkpoint_layers(model)
+    inputs, targets = sizes.text_inputs(4), torch.zeros(4, 3, 64, 64)
+    measured_peak(model, inputs, targets)  # the first one also fills caches
+    measured = measured_peak(model, inputs, targets)
+    assert sizes.step_peak(config, run, 4) - fixed == pytest.approx(measured, rel=0.1)
+
+
+def test_processes_share_what_is_sharded():
+    """Of four, each holds a quarter of the moments; and of the frozen weights, if asked."""
+    config = MetaQueryConfig.preset("tiny", connector_layers=24)
+    trained = 1e6 * millions(sizes.meta_model(config).connector)
+    dist.init_process_group("fake", world_size=4, rank=0, store=FakeStore())
+    try:
+        whole = sizes.step_peak(config, sizes.Run(), 1)
+        split = sizes.step_peak(config, sizes.Run(processes=4, shard=True), 1)
+        run = sizes.Run(processes=4, shard=True, shard_frozen=True)
+        assert sizes.step_peak(config, run, 1) < split < whole - 4 * trained
+    finally:
+        dist.destroy_process_group()
+
+
+def test_generating_takes_the_sum_or_the_largest_part():
+    config = MetaQueryConfig.preset("base", connector_layers=1)
+    whole, in_turn = sizes.generation_peaks(config)
+    model = sizes.meta_model(config)
+    assert 2e6 * millions(model) < whole < 2.4e6 * millions(model)
+    assert 2e6 * millions(model.diffusion) < in_turn < 2.4e6 * millions(model.diffusion)
+
+
+def test_the_command_tells_what_fits(monkeypatch, capsys, handlers_restored):
+    flags = ["tiny", "--micro-batch-size", "2", "--connector-layers", "6"]
+    monkeypatch.setattr(sys, "argv", ["sizes", *flags])
+    sizes.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert "12 GB: generates; trains, micro-batch 2" in lines
+    connector = f"{millions(Connector(192, 192, 6)):.1f} M trained"
+    assert any("connector" in line and connector in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
     [
-        ("llava-hf/llava-onevision-qwen2-0.5b-ov-hf", 894),
-        ("Qwen/Qwen2.5-VL-3B-Instruct", 3755),
-        ("Qwen/Qwen2.5-VL-7B-Instruct", 8292),
-        ("Efficient-Large-Model/Sana_1600M_512px_diffusers", 1604),
-        ("Efficient-Large-Model/Sana_600M_512px_diffusers", 592),
-        ("stable-diffusion-v1-5/stable-diffusion-v1-5", 860),
+        (["--mllm", "nobody/nothing"], "nobody/nothing.*--mllm"),
+        (["base", "--diffusion", "nobody/nothing"], "nobody/nothing.*--diffusion"),
+        (["base", "--shard", "true"], "--processes"),
     ],
 )
-def test_parts_have_their_published_sizes(name, millions):
-    model = meta_mllm(name) if name in MLLMS else meta_diffusion(name)[0]
-    assert abs(count(model) / 1e6 - millions) < 1
+def test_bad_flags_are_one_line(flags, words, monkeypatch, capsys, handlers_restored):
+    monkeypatch.setattr(sys, "argv", ["sizes", *flags])
+    with pytest.raises(SystemExit, match="2"):
+        sizes.main()
+    assert re.search(words, capsys.readouterr().err.splitlines()[-1])
 
 
-def test_table_of_base_is_the_papers(capsys):
-    """316M of connector at base (Table 3), 256 queries of 896 for 2304 wide conditions."""
-    model = meta_model(MetaQueryConfig.preset("base"))
-    numbers = {part.name: part.parameters for part in parts_of(model)}
-    assert abs(numbers["connector"] / 1e6 - 316) < 1 and numbers["queries"] == 256 * 896
-    trained = {part.name for part in parts_of(model) if part.is_trained}
-    assert trained == {"queries", "connector", "diffusion model"}
-    print_parts(model)
-    shown = capsys.readouterr().out
-    assert "256 queries 896 wide -> 256 x 2304" in shown and "latents 16 x 16" in shown
-    assert "a picture 1485 tokens, one of several 730" in shown
-    assert f"{sum(numbers.values()) / 1e6:.1f} M" in shown
-
-
-def test_table_on_the_command_line():
-    flags = ["--processes", "2", "--shard", "true", "--connector-layers", "6"]
-    command = [sys.executable, "-m", "extras.sizes", "tiny", *flags]
-    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    assert "16 queries" in done.stdout and "the largest micro-batch is" in done.stdout
-    command = [sys.executable, "-m", "extras.sizes", "--mllm", "nobody/nothing"]
-    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
-    assert done.returncode == 2 and "nobody/nothing" in done.stderr.splitlines()[-1]
-
-
-@pytest.mark.parametrize("size", ["base", "large", "xlarge"])
-def test_presets_name_known_parts(size):
-    assert PRESETS[size]["mllm"] in MLLMS and PRESETS[size]["diffusion"] in DIFFUSIONS
-    config = MetaQueryConfig.preset(size)
-    assert config.num_queries == 256 and config.connector_layers == 24
-
-
-def test_connectors_of_the_real_widths_start_as_the_paper_says():
-    with torch.device("meta"):
-        width = Connector(896, 768, 24).norm.weight.shape[0]
-    assert width == 768
-
-
+# ---- Parts that do not fit -----------------------------------------------------------------------
 def test_a_missing_hub_part_names_the_id_and_the_flag(parts):
     with pytest.raises(InputError, match="nobody/nothing.*--mllm"):
-        MetaQuery(MetaQueryConfig("nobody/nothing", str(parts / "sana")))
+        MetaQuery.from_config(MetaQueryConfig("nobody/nothing", str(parts / "sana")))
     with pytest.raises(InputError, match="nobody/nothing.*--diffusion"):
-        MetaQuery(MetaQueryConfig(str(parts / "qwen"), "nobody/nothing"))
+        MetaQuery.from_config(MetaQueryConfig(str(parts / "qwen"), "nobody/nothing"))
 
 
 def test_a_connector_of_another_width_is_refused(parts, tmp_path, build):
@@ -160,7 +215,7 @@ def test_a_connector_of_another_width_is_refused(parts, tmp_path, build):
     for part in ("vae", "scheduler"):
         if not (other / part).exists():
             (other / part).symlink_to(parts / "sana" / part)
-    with pytest.raises(InputError, match="incompatible"):
+    with pytest.raises(InputError, match="do not fit the config"):
         MetaQuery.from_pretrained(tmp_path, diffusion=str(other))
 
 
@@ -168,72 +223,3 @@ def test_a_checkpoint_has_a_model_card(build, tmp_path):
     build("qwen").save_pretrained(tmp_path)
     assert "metaquery" in (tmp_path / "README.md").read_text()
     assert (tmp_path / "config.json").exists()
-
-
-# ---- Memory --------------------------------------------------------------------------------------
-
-
-def make_wide(folder):
-    """Parts of the base size's widths, with two layers each and a small VAE."""
-    tokenizer = make_tokenizer(WORDS, 400)
-    fields = text_size(QWEN) | {"num_hidden_layers": 2}
-    del fields["vocab_size"]
-    config = language_config(tokenizer, **fields)
-    transformers.Qwen2ForCausalLM(config).save_pretrained(folder / "mllm")
-    tokenizer.save_pretrained(folder / "mllm")
-    sana = diffusers.SanaTransformer2DModel(
-        num_layers=2, in_channels=4, out_channels=4, sample_size=16
-    )
-    sana.save_pretrained(folder / "sana" / "transformer")
-    return folder
-
-
-@pytest.mark.parametrize("width", ["tiny", "base"])
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_planned_activations_are_what_a_step_takes(parts, tmp_path, width, checkpointed):
-    """Within 15% of what torch's profiler measures of a real step, at the base size's width too."""
-    if width == "tiny":
-        config = MetaQueryConfig.preset("tiny")
-    else:
-        make_wide(tmp_path)
-        for part in ("vae", "scheduler"):
-            (tmp_path / "sana" / part).symlink_to(parts / "sana" / part)
-        names = {"mllm": str(tmp_path / "mllm"), "diffusion": str(tmp_path / "sana")}
-        config = MetaQueryConfig(**names, connector_layers=2)
-    model = MetaQuery(config, torch.bfloat16)
-    if checkpointed:
-        checkpoint_layers(model)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.grad = torch.zeros_like(parameter)
-    size = resolution_of(model)
-    inputs = model.prepare_inputs(["a red star", "a star"])
-
-    def loss():
-        with torch.autocast("cpu", torch.bfloat16):
-            return model(inputs, torch.zeros(2, 3, size, size))
-
-    measured = peak(loss, "cpu")
-    run = Run(prompt_tokens=inputs["input_ids"].shape[1])
-    planned = meta_model(config)
-    if checkpointed:
-        checkpoint_layers(planned)
-    assert peak_of_step(planned, run, 2) / 1e9 == pytest.approx(measured, rel=0.15)
-
-
-def test_plan_divides_what_is_sharded():
-    """Trained weights and moments by the processes, gradients if nothing adds up, and frozen
-    weights when asked; a larger micro-batch takes more, and checkpointed layers less."""
-    config = MetaQueryConfig.preset("tiny")
-    trained = sum(part.parameters for part in parts_of(meta_model(config)) if part.is_trained)
-    whole, split = (plan(meta_model(config), Run(processes=4, shard=s)) for s in (False, True))
-    assert whole.trained_weights == 4 * trained == 4 * split.trained_weights
-    assert whole.moments == 8 * trained == 4 * split.moments
-    assert whole.gradients == split.gradients == 4 * trained
-    assert whole.gathered == 0 < split.gathered < whole.trained_weights
-    run = Run(processes=4, shard=True, shard_frozen=True, accumulate=False, micro_batch_size=16)
-    frozen = plan(meta_model(config), run)
-    assert frozen.gradients == trained and frozen.frozen_weights < split.frozen_weights
-    assert frozen.activations == pytest.approx(2 * split.activations)
-    run.gradient_checkpointing = True
-    assert plan(meta_model(config), run).activations < 0.8 * frozen.activations

@@ -1,55 +1,64 @@
-"""The speed rows at full width: FLOPs as torch counts them, and each row at the tiny size."""
+"""The speed command: what it compares computes the same, and every row prints."""
 
-from functools import partialmethod
+import sys
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from extras.full_width import full_model, multiplications, step_flops, training
+from extras import speed
+
+CPU = torch.device("cpu")
 
 
-def counted(function):
-    """The floating-point operations of a function, by torch's own count."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        function()
-    return counter.get_total_flops()
+@pytest.mark.parametrize("mllm", ["llava", "qwen-vl"])
+@pytest.mark.parametrize("with_image", [False, True])
+def test_the_plain_way_computes_the_same(build, mllm, with_image):
+    """Loss and gradient of the queries, in float64, for the inputs that are measured."""
+    model = build(mllm).double()
+    plain = speed.sharing(model, speed.Plain)
+    inputs = speed.random_inputs(model, 2, with_image)
+    for name in inputs:
+        if inputs[name].is_floating_point():
+            inputs[name] = inputs[name].double()
+    fixed = {"noise": torch.randn(2, 4, 4, 4).double(), "u": torch.tensor([0.3, 0.8]).double()}
+    results = []
+    for kind in (model, plain):
+        model.zero_grad()
+        loss = kind(dict(inputs), torch.zeros(2, 3, 8, 8).double(), **fixed)
+        loss.backward()
+        results.append((loss.item(), model.queries.grad.clone()))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-9)
+    assert torch.allclose(results[0][1], results[1][1], rtol=1e-6, atol=1e-12)
 
 
-def test_the_formula_of_flops_is_what_torch_counts():
-    """Of each part forward, and of all of it forward and backward, within 3%."""
-    model = full_model("tiny", "cpu").float()
-    inputs = dict(model.prepare_inputs(["a red star left of a blue circle"]))
-    tokens, side = inputs["input_ids"].shape[1], model.diffusion.config.sample_size
-    made = multiplications(model, tokens)
-    states = torch.randn(1, *model.queries.shape)
-    x = torch.randn(1, model.diffusion.config.in_channels, side, side)
-    with torch.no_grad():
-        cond = model.connector(states)
-        connector = counted(lambda: model.connector(states))
-        diffusion = counted(lambda: model.denoise(x, torch.ones(1), cond, None))
-        prompt = counted(lambda: model.mllm.base_model(**inputs))
-        model.queries.requires_grad_(False)  # torch's counter refuses its view without gradient
-        both = counted(lambda: model.encode_prompts(dict(inputs)))
-        model.queries.requires_grad_(True)
-    assert connector == pytest.approx(2 * made["connector"], rel=0.03)
-    assert diffusion == pytest.approx(2 * made["diffusion"], rel=0.03)
-    assert both - prompt - connector == pytest.approx(2 * made["queries"], rel=0.03)
+def test_needed_flops_are_what_torch_counts_of_a_step():
+    """Forward and backward of a whole step, less the VAE, within 3%."""
+    model, _ = speed.random_model("tiny", None, CPU, torch.float32)
+    model.mllm.get_decoder().set_attn_implementation("sdpa")
+    inputs = speed.random_inputs(model, 1, with_image=True)
+    targets = torch.zeros(1, 3, 64, 64)
     for block in model.diffusion.transformer_blocks:
         block.ff.conv_depth = torch.nn.Identity()  # torch counts its gradient as a dense one's
-    targets = torch.zeros(1, 3, 64, 64)
-    encoding = counted(lambda: model.encode_latents(targets))
-    step = counted(lambda: model(dict(inputs), targets).backward())
-    assert step - prompt - encoding == pytest.approx(step_flops(model, tokens), rel=0.03)
+    with sdpa_kernel(SDPBackend.MATH):
+        needed = speed.needed_flops(model, inputs, targets)
+        with FlopCounterMode(display=False) as encoding:
+            model.encode_latents(targets)
+        with FlopCounterMode(display=False) as step:
+            model(dict(inputs), targets).backward()
+    counted = step.get_total_flops() - encoding.get_total_flops()
+    assert needed == pytest.approx(counted, rel=0.03)
 
 
-def test_the_rows_of_training_run(monkeypatch, capsys):
-    """The plain way, ours and compiled, with text and with a picture; and a drawing."""
-    compiled = partialmethod(torch.nn.Module.compile, backend="eager")
-    monkeypatch.setattr(torch.nn.Module, "compile", compiled)
-    training("tiny", 1, "cpu")
+def test_every_row_is_printed(monkeypatch, capsys, handlers_restored):
+    flags = ["--layers", "2", "--repeats", "1", "--steps", "2", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["speed", *flags, "--noises-per-sample", "3"])
+    speed.main()
     lines = capsys.readouterr().out.splitlines()
-    for way in ("plain", "ours", "compiled"):
-        assert len([line for line in lines if f" {way} " in line and "samples/s" in line]) == 2
+    for way in ("plain ", "ours ", "ours, latents kept ", "ours, latents kept, 3 noise levels "):
+        rows = [line for line in lines if f")  {way}" in line]
+        assert len(rows) == 2 and all("with all layers about" in row for row in rows)
+    assert all(line.startswith(" 1.00") for line in lines if ")  plain" in line)
     assert any("SanaPipeline" in line for line in lines)
+    assert sum("largest costs" in line for line in lines) == 2

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, losses, noise_picture
+from conftest import ROOT, losses, noise_image
 from diffusers import AutoencoderDC
 from runs import check_same, flags, log_of, newest, refused, succeed
 
@@ -78,7 +78,7 @@ def test_latents_are_kept_and_a_cut_file_is_made_again(parts, tmp_path, monkeypa
     """Three images, seen twice: six encodings, or three with the cache; the curve is the same."""
     (tmp_path / "data").mkdir()
     for seed in range(3):
-        noise_picture(32, 32, seed).save(tmp_path / "data" / f"{seed}.png")
+        noise_image(32, 32, seed).save(tmp_path / "data" / f"{seed}.png")
     encoded, plain = [], AutoencoderDC.encode
 
     def encode(self, x):

@@ -221,7 +221,8 @@ class KeepsLatents(MetaQuery):
             for i, x in zip(new, encoded, strict=True):
                 latents[i] = x.clone()
                 paths[i].parent.mkdir(parents=True, exist_ok=True)
-                temporary = paths[i].with_name(f".{paths[i].name}-{os.getpid()}")
+                # torch.save refuses names that begin with a dot.
+                temporary = paths[i].with_name(f"{paths[i].name}-{os.getpid()}.tmp")
                 torch.save(latents[i], temporary)
                 temporary.replace(paths[i])
         stacked = torch.stack([latents[i] for i in range(len(paths))])  # (B, C, h, w)

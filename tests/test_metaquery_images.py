@@ -1,62 +1,41 @@
-"""Pictures in: two passes are one, guidance is its formula, answers are the untouched MLLM's."""
+"""Images in: two passes are one, guidance is its formula, answers are the untouched MLLM's."""
 
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from conftest import noise_picture, pixels, recorded
+from conftest import noise_image, pixels, recorded
 from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
-from torch.func import functional_call
+from torchvision.transforms import v2
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from metaquery import InputError, black_like, conversation, drop_conditions
+from metaquery import InputError, black_like, drop_conditions, resize_and_crop
+from notebooks.plain import one_pass
 
 BACKBONES = ["llava", "qwen-vl"]
 PROMPTS = ["a red star left of a blue circle", "a star", "", "a blue circle"]
 
 
-def some_pictures():
-    """Per prompt one, several and no pictures, of several sizes."""
+def some_images():
+    """Per prompt one, several and no images, of several sizes."""
     return [
-        [noise_picture(20, 16)],
-        [noise_picture(16, 16, 1), noise_picture(30, 10, 2), noise_picture(9, 40, 3)],
+        [noise_image(20, 16)],
+        [noise_image(16, 16, 1), noise_image(30, 10, 2), noise_image(9, 40, 3)],
         [],
-        [noise_picture(5, 5, 4), noise_picture(40, 12, 5)],
+        [noise_image(5, 5, 4), noise_image(40, 12, 5)],
     ]
-
-
-def one_pass(model, prompts, images):
-    """Last states at the queries, from the backbone's own single forward over words and queries.
-
-    The queries stand in the embedding table in place of tokens that no prompt has, so positions,
-    masks and pictures are all the backbone's own doing.
-    """
-    inputs, n = dict(model.prepare_inputs(prompts, images)), model.config.num_queries
-    table = model.mllm.get_input_embeddings().weight
-    unused = [i for i in range(len(table)) if i not in inputs["input_ids"]][-n:]
-    tokens = torch.tensor(unused).expand(len(prompts), n)
-    table = table.detach().index_put((tokens[0],), model.queries)
-    extended = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    extended["mm_token_type_ids"] = torch.zeros_like(tokens)
-    for name in inputs.keys() & extended.keys():
-        inputs[name] = torch.cat([inputs[name], extended[name]], 1)
-    if "image_grid_thw" not in inputs:  # by default the padding is counted, exact but for rounding
-        inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    weights = {"language_model.embed_tokens.weight": table}
-    made = functional_call(model.mllm.base_model, weights, kwargs=inputs | {"use_cache": False})
-    return made.last_hidden_state[:, -n:]
 
 
 @pytest.mark.parametrize("mllm", BACKBONES)
 @pytest.mark.parametrize("rows", [[0], [1], [2], [0, 3], [0, 1, 2, 3]])
-def test_two_passes_equal_one_pass_with_pictures(build, mllm, rows):
+def test_two_passes_equal_one_pass_with_images(build, mllm, rows):
     """One, several, none and mixed in a batch: same conditions and query gradients in float64."""
     model = build(mllm, dtype=torch.float64)
-    prompts, images = [PROMPTS[row] for row in rows], [some_pictures()[row] for row in rows]
+    prompts, images = [PROMPTS[row] for row in rows], [some_images()[row] for row in rows]
     two = model.encode_prompts(prompts, images)[0]
-    one = model.connector(one_pass(model, prompts, images))
+    one = model.connector(one_pass(model, model.format(prompts, images)))
     weights = torch.randn_like(two)
     gradients = [torch.autograd.grad((made * weights).sum(), model.queries) for made in (two, one)]
     torch.testing.assert_close(two, one, atol=1e-10, rtol=1e-9)
@@ -64,13 +43,13 @@ def test_two_passes_equal_one_pass_with_pictures(build, mllm, rows):
 
 
 @pytest.mark.parametrize("mllm", BACKBONES)
-def test_a_batch_changes_nothing_for_its_pictures(build, mllm):
-    model, images = build(mllm, dtype=torch.float64), some_pictures()
+def test_a_batch_changes_nothing_for_its_images(build, mllm):
+    model, images = build(mllm, dtype=torch.float64), some_images()
     together = model.encode_prompts(PROMPTS, images)[0]
     for row, prompt in enumerate(PROMPTS):
         alone = model.encode_prompts([prompt], [images[row]])[0][0]
         torch.testing.assert_close(alone, together[row], atol=1e-10, rtol=1e-9)
-    images[0] = [noise_picture(20, 16, 9)]
+    images[0] = [noise_image(20, 16, 9)]
     changed = model.encode_prompts(PROMPTS, images)[0]
     assert not torch.allclose(changed[0], together[0]) and torch.equal(changed[2], together[2])
 
@@ -78,7 +57,7 @@ def test_a_batch_changes_nothing_for_its_pictures(build, mllm):
 @pytest.mark.parametrize(
     "stage, prompt, rates",
     [
-        ("pretrain", "a star", {("", 0): 0.1, ("a star", 0): 0.9}),
+        ("pretrain", "a star", {(None, 0): 0.1, ("a star", 0): 0.9}),
         ("reconstruct", "", {("", "black"): 0.1, ("", "seen"): 0.9}),
         ("mix", "", {("", "black"): 0.1, ("", "seen"): 0.9}),
         ("edit", "a star", {("a star", "black"): 0.1, ("a star", "seen"): 0.9}),
@@ -86,8 +65,8 @@ def test_a_batch_changes_nothing_for_its_pictures(build, mllm):
             "instruct",
             "a star",
             {
-                ("", "seen"): 0.1,
-                ("", "black"): 0.1,
+                (None, "seen"): 0.1,
+                (None, "black"): 0.1,
                 ("a star", "black"): 0.1,
                 ("a star", "seen"): 0.7,
             },
@@ -95,13 +74,13 @@ def test_a_batch_changes_nothing_for_its_pictures(build, mllm):
     ],
 )
 def test_conditions_are_dropped_at_their_rates(stage, prompt, rates):
-    seen = [noise_picture(3, 5), noise_picture(7, 2)] if "pretrain" != stage else []
+    seen = [noise_image(3, 5), noise_image(7, 2)] if "pretrain" != stage else []
     found, number = Counter(), 20000
     for i in range(number):
         text, images = drop_conditions(prompt, seen, (i + 0.5) / number, stage)
-        assert [p.size for p in images] == [p.size for p in seen], "black pictures keep their size"
+        assert [p.size for p in images] == [p.size for p in seen], "black images keep their size"
         dark = [not np.asarray(p).any() for p in images]
-        assert len(set(dark)) < 2, "pictures of one prompt are dropped together"
+        assert len(set(dark)) < 2, "images of one prompt are dropped together"
         found[text, ("black" if any(dark) else "seen") if seen else 0] += 1 / number
     assert found == pytest.approx(rates, abs=1e-3)
 
@@ -111,7 +90,7 @@ def by_hand(model, prompts, images, g, g_img, negative, steps, seed):
     dark = [[Image.new("RGB", p.size) for p in row] for row in images]
     branches = [(prompts, images), ([negative] * len(prompts), images)]
     branches.append((branches[1][0], dark))
-    text, picture, nothing = (model.encode_prompts(*branch)[0] for branch in branches)
+    text, image, nothing = (model.encode_prompts(*branch)[0] for branch in branches)
     scheduler = DPMSolverMultistepScheduler.from_config(model.scheduler.config)
     scheduler.set_timesteps(steps)
     side, channels = model.diffusion.config.sample_size, model.diffusion.config.in_channels
@@ -119,7 +98,7 @@ def by_hand(model, prompts, images, g, g_img, negative, steps, seed):
     x = torch.randn(len(prompts), channels, side, side, generator=generator)
     for t in scheduler.timesteps:
         v, seen, unseen = (
-            model.denoise(x, t.expand(len(x)), c, None) for c in (text, picture, nothing)
+            model.denoise(x, t.expand(len(x)), c, None) for c in (text, image, nothing)
         )
         guided = unseen + g_img * (seen - unseen) if g_img > 1 else seen
         x = scheduler.step(guided + g * (v - seen), t, x).prev_sample
@@ -132,19 +111,20 @@ def test_three_branch_guidance_is_its_formula(build, g, g_img):
     """g_img ≤ 1 drops the first branch."""
     model, generator = build("llava"), torch.Generator().manual_seed(7)
     options = {"guidance_scale": g, "image_guidance_scale": g_img, "generator": generator}
-    made = model.generate(PROMPTS, some_pictures(), "a star", num_inference_steps=4, **options)
-    expected = by_hand(model, PROMPTS, some_pictures(), g, g_img, "a star", 4, 7)
+    made = model.generate(PROMPTS, some_images(), "a star", num_inference_steps=4, **options)
+    expected = by_hand(model, PROMPTS, some_images(), g, g_img, "a star", 4, 7)
     for one, other in zip(made, expected, strict=True):
         assert (pixels(one).int() - pixels(other).int()).abs().max() <= 1
 
 
-def test_image_guidance_is_the_configs_unless_given(build):
-    model = build("llava", image_guidance=4.0)
+def test_image_guidance_is_the_checkpoints_unless_given(build):
+    model = build("llava")
+    model.generation_config["image_guidance_scale"] = 4.0
     drawn = []
     for given in ({}, {"image_guidance_scale": 4.0}, {"image_guidance_scale": 1.5}):
         given |= {"generator": torch.Generator().manual_seed(7), "num_inference_steps": 4}
         drawn.append(
-            np.stack([np.asarray(p) for p in model.generate(PROMPTS, some_pictures(), **given)])
+            np.stack([np.asarray(p) for p in model.generate(PROMPTS, some_images(), **given)])
         )
     assert (drawn[0] == drawn[1]).all() and (drawn[0] != drawn[2]).any()
 
@@ -154,24 +134,24 @@ def test_no_branch_is_run_in_vain(build, g, g_img, branches):
     model = build("llava")
     calls = recorded(model, lambda x: 0.5 * x)
     options = {"guidance_scale": g, "image_guidance_scale": g_img, "num_images_per_prompt": 2}
-    made = model.generate(PROMPTS, some_pictures(), num_inference_steps=2, **options)
+    made = model.generate(PROMPTS, some_images(), num_inference_steps=2, **options)
     assert len(made) == 8 and {len(x) for x, *_ in calls} == {8 * branches}
 
 
-def test_black_pictures_keep_their_size():
-    dark = [black_like(row) for row in some_pictures()]
-    assert [[p.size for p in row] for row in dark] == [[p.size for p in r] for r in some_pictures()]
+def test_black_images_keep_their_size():
+    dark = [black_like(row) for row in some_images()]
+    assert [[p.size for p in row] for row in dark] == [[p.size for p in r] for r in some_images()]
     assert not any(np.asarray(p).any() for row in dark for p in row)
 
 
 @pytest.mark.parametrize("mllm", BACKBONES)
 def test_answers_are_the_untouched_mllms(build, parts, mllm):
     """The same text as the MLLM loaded alone gives, before and after training steps."""
-    model, images = build(mllm), some_pictures()[1]
+    model, images = build(mllm), some_images()[1]
     processor = AutoProcessor.from_pretrained(parts / mllm)
     alone = AutoModelForImageTextToText.from_pretrained(parts / mllm).eval()
     text = processor.apply_chat_template(
-        conversation("a star", 3, None, True), add_generation_prompt=True
+        model.format.chat("a star", 3, None), add_generation_prompt=True
     )
     inputs = processor(text=[text], images=[images], return_tensors="pt")
     made = alone.generate(**inputs, max_new_tokens=12, do_sample=False)
@@ -188,12 +168,20 @@ def test_answers_are_the_untouched_mllms(build, parts, mllm):
 @pytest.mark.parametrize("size", [(1, 1), (5000, 20), (20, 5000)])
 def test_odd_sizes_are_drawn_from(build, mllm, size):
     model = build(mllm)
-    made = model.generate(["a star"], [[noise_picture(*size)]], num_inference_steps=2)
+    made = model.generate(["a star"], [[noise_image(*size)]], num_inference_steps=2)
     assert made[0].size == (8, 8)
 
 
 def test_a_text_only_backbone_names_those_that_see(build):
-    with pytest.raises(InputError, match="LLaVA-OneVision or Qwen2.5-VL"):
-        build("qwen").generate(["a star"], [[noise_picture(4, 4)]])
+    with pytest.raises(InputError, match="choose one that takes images"):
+        build("qwen").generate(["a star"], [[noise_image(4, 4)]])
     with pytest.raises(InputError, match="at most 6"):
-        build("llava").encode_prompts(["a star"], [[noise_picture(4, 4)] * 7])
+        build("llava").encode_prompts(["a star"], [[noise_image(4, 4)] * 7])
+
+
+@pytest.mark.parametrize("size", [(300, 420), (380, 421), (420, 333), (16, 16), (7, 90)])
+def test_images_are_resized_before_they_are_cut(size):
+    """torchvision's Resize of the short side, then CenterCrop, as the authors' code has them."""
+    image = noise_image(*size)
+    expected = v2.Compose([v2.Resize(64), v2.CenterCrop(64)])(image)
+    assert np.array_equal(np.asarray(resize_and_crop(image, 64)), np.asarray(expected))
