@@ -32,18 +32,24 @@ def fail(message):
     sys.exit(2)
 
 
-def set_up(parser):
-    """Prepare a command: Ctrl-C, bad flags and warnings print one line each; adds --version."""
+def catch_interrupts():
+    """Let Ctrl-C end the program at once, with one line."""
 
     def interrupted(number, frame):
         print("stopped", file=sys.stderr, flush=True)
         os._exit(INTERRUPTED)  # a library could swallow an exception that interrupts it
 
+    signal.signal(signal.SIGINT, interrupted)
+
+
+def set_up(parser):
+    """Prepare a command: Ctrl-C, bad flags and warnings print one line each; adds --version."""
+
     def show_warning(message, category, file, *place):
         if "site-packages" not in file:  # hide warnings raised inside libraries
             print("warning: " + " ".join(str(message).split()), file=sys.stderr)
 
-    signal.signal(signal.SIGINT, interrupted)
+    catch_interrupts()
     warnings.showwarning = show_warning
     parser.error = fail
     parser.add_argument("--version", action="version", version=f"metaquery {VERSION}")

@@ -93,7 +93,9 @@ PRESETS = {
     "xlarge": {"mllm": "Qwen/Qwen2.5-VL-7B-Instruct", "diffusion": SANA},
 }  # fmt: skip
 # How a model generates unless its checkpoint's generation_config.json says otherwise.
-GENERATION = {"num_inference_steps": 30, "guidance_scale": 3.0, "image_guidance_scale": 1.5}
+# "restates": the MLLM says in a few words what it takes a prompt for (the toy's does).
+GENERATION = {"num_inference_steps": 30, "guidance_scale": 3.0, "image_guidance_scale": 1.5,
+              "restates": False}  # fmt: skip
 
 # ---- 2. From prompts to the MLLM's inputs --------------------------------------------
 #

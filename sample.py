@@ -43,8 +43,9 @@ def open_image(path, folder=""):
     from metaquery import InputError, to_rgb
 
     try:
-        beside = Path(folder, path)
-        return to_rgb(Image.open(beside if beside.exists() else path))
+        if Path(folder, path).exists():
+            path = Path(folder, path)
+        return to_rgb(Image.open(path))
     except Exception as error:  # Pillow raises many kinds
         reason = getattr(error, "strerror", None) or error
         name = str(path)[-200:]
@@ -176,9 +177,9 @@ def load_model(args, exact=False):
     dtype, args.why = cli.choose_dtype(device, args.dtype)
     args.dtype = str(dtype).removeprefix("torch.")
     model = public_weights.load(args.checkpoint, dtype, **parts)
-    for flag in ("steps", "guidance", "image_guidance"):
+    for flag, name in (("steps", "num_inference_steps"), ("guidance", "guidance_scale"),
+                       ("image_guidance", "image_guidance_scale")):  # fmt: skip
         if getattr(args, flag) is None:
-            name = "num_inference_steps" if flag == "steps" else f"{flag}_scale"
             setattr(args, flag, model.generation_config[name])
     return model.to(device, dtype).eval()
 
@@ -207,8 +208,10 @@ def generate(model, rows, args, seeds=None, num_images=None, negative=None,
         for seed in seeds[part]:
             generators += [torch.Generator(model.queries.device).manual_seed(seed)] * n
         batch = model.generate(
-            prompts, images, negative[part], args.steps, args.guidance,
-            args.image_guidance, n, args.height, args.width, generators, callback,
+            prompts, list(images), negative_prompt=negative[part],
+            num_inference_steps=args.steps, guidance_scale=args.guidance,
+            image_guidance_scale=args.image_guidance, num_images_per_prompt=n,
+            height=args.height, width=args.width, generator=generators, callback=callback,
         )  # fmt: skip
         results += [batch[i : i + n] for i in range(0, len(batch), n)]
     return results
@@ -255,9 +258,10 @@ def parse_arguments():
     if single == (args.prompts is not None):
         cli.fail('give a prompt or --image, or else --prompts FILE (see "--help").')
     args.prompt = args.prompt or ""
-    idle = ["out", "rewrite", "negative_prompt", "guidance", "image_guidance", "steps"]
-    idle += ["seed", "height", "width", "num_images", "batch_size"]
-    for name in idle:
+
+    generating = ["out", "rewrite", "negative_prompt", "guidance", "image_guidance"]
+    generating += ["steps", "seed", "height", "width", "num_images", "batch_size"]
+    for name in generating:
         if args.ask and getattr(args, name) != parser.get_default(name):
             flag = name.replace("_", "-")
             cli.fail(f"--{flag} has no effect with --ask: leave it out.")
@@ -314,6 +318,7 @@ def generate_jobs(model, jobs, args):
 
     from metaquery import InputError
 
+    # A batch has one height and width: rows of others begin a new one.
     size = max(1, args.batch_size // args.num_images)
     batches = []
     for _, group in groupby(jobs, lambda job: (job.height, job.width)):
@@ -332,14 +337,17 @@ def generate_jobs(model, jobs, args):
                 job.error = str(error)
         if not ready:
             continue
+
         good, rows, notes = zip(*ready, strict=True)
         seeds = [job.seed for job in good]
         negative = [job.negative_prompt for job in good]
         step = lambda _: bar.update()  # noqa: E731
         results = generate(model, rows, good[0], seeds, None, negative, step)
 
-        # A new name is taken once there is something to save.
-        out = Path(out or cli.free_name("samples" if args.prompts else "sample.png"))
+        # A new name is taken only now that there is something to save.
+        if not out and args.prompts:
+            out = cli.free_name("samples")
+        out = Path(out or cli.free_name("sample.png"))
         for job, texts, images in zip(good, notes, results, strict=True):
             count += len(images)
             if out.suffix:
@@ -352,9 +360,13 @@ def generate_jobs(model, jobs, args):
 
     if sheet:
         texts["prompt"] = "\n".join(job.prompt for job in jobs if not job.error)
-        save_image(sheet[0] if len(sheet) == 1 else grid(sheet), out, **texts)
-    if count:
-        print(f"saved {out}" if out.suffix else f"saved {count} images in {out}")
+        image = sheet[0]
+        if len(sheet) > 1:
+            image = grid(sheet)
+        save_image(image, out, **texts)
+        print(f"saved {out}")
+    elif count:
+        print(f"saved {count} images in {out}")
 
 
 def main():
@@ -363,9 +375,11 @@ def main():
     if args.prompts is not None:
         rows = read_rows(args.prompts)
     errors = [row.get("error", "") for row in rows]
+
     if not all(errors):
         with cli.errors_in_one_line():
             model = load_model(args, exact=True)
+            # A job is the flags with what its row changes.
             jobs = []
             for number, row in enumerate(rows):
                 jobs.append(argparse.Namespace(**(vars(args) | row), number=number))
@@ -374,9 +388,12 @@ def main():
             else:
                 generate_jobs(model, jobs, args)
         errors = [job.error for job in jobs]
+
+    # What could be done is done; what could not is named at the end.
+    if len(rows) > 1:
+        errors = [f"prompt {n}: {error}" for n, error in enumerate(errors, 1) if error]
     if any(errors):
-        lines = [f"prompt {n}: {error}" for n, error in enumerate(errors, 1) if error]
-        cli.fail(" ".join(lines).removeprefix("prompt 1: " if len(rows) == 1 else ""))
+        cli.fail(" ".join(errors))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,11 @@ folders (weights and training state), log.jsonl and samples/step-*.png, and
 GPU: python -m extras.sizes SIZE.
 """
 
+import cli
+
+if __name__ == "__main__":
+    cli.catch_interrupts()  # also during the slow imports that follow
+
 import json
 import math
 import os
@@ -28,7 +33,6 @@ from transformers import HfArgumentParser, get_cosine_with_min_lr_schedule_with_
 from transformers.utils.logging import disable_progress_bar
 
 import public_weights
-from cli import INTERRUPTED, choose_dtype, device_of, errors_in_one_line, fail, set_up
 from data.batches import Collate, open_batches
 from metaquery import HERE, InputError, MetaQuery, MetaQueryConfig, portable
 from toy.tasks import MIXTURES, task
@@ -136,9 +140,12 @@ class TrainConfig:
                  "weight_decay": 0}  # fmt: skip
         for name, lowest in least.items():
             value = getattr(self, name)
-            if not lowest <= value < 2**63:
+            if not lowest <= value <= 10**12:
                 flag = name.replace("_", "-")
-                raise InputError(f"--{flag} is {value}: give at least {lowest:g}.")
+                raise InputError(f"--{flag} is {value}: give {lowest:g} to 10^12.")
+        if self.checkpoint and Path(self.out).resolve() == Path(self.checkpoint).resolve():
+            raise InputError(f"--out {self.out} is --checkpoint itself: name another --out.")
+        cli.check_writable(self.out, is_folder=True)
 
     @property
     def recipe(self):
@@ -240,7 +247,8 @@ class StopSignals(list):
         now = time.time()
         # torchrun passes the same Ctrl-C on: a second one comes later.
         if number == signal.SIGINT and any(now - before > 1 for _, before in self):
-            os._exit(INTERRUPTED)
+            print("stopped", file=sys.stderr, flush=True)
+            os._exit(cli.INTERRUPTED)
         if not self and int(os.environ.get("RANK", 0)) == 0:
             print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
         self.append((number, now))
@@ -252,10 +260,10 @@ def train(config, changes):
     changes: fields of MetaQueryConfig that replace the size's or the checkpoint's.
     """
     # 1. Processes and arithmetic
-    device = device_of(config.device)
+    device = cli.device_of(config.device)
     rank, world = distributed.open_processes(device)
     distributed.check_batch_size(config.batch_size, config.micro_batch_size, world)
-    dtype, reason = choose_dtype(device, config.dtype)
+    dtype, reason = cli.choose_dtype(device, config.dtype)
     if dtype == torch.float16:  # its small range would need loss scaling
         dtype = torch.float32
     config.dtype = str(dtype).removeprefix("torch.")
@@ -365,7 +373,7 @@ def train(config, changes):
 def parse_flags():
     """(TrainConfig, {field of MetaQueryConfig: value}) of the command line and RECIPES."""
     parser = HfArgumentParser([TrainConfig, MetaQueryConfig], description=__doc__)
-    set_up(parser)
+    cli.set_up(parser)
     for action in parser._actions:
         action.required = False  # the size names the parts
     parser.set_defaults(**{field.name: None for field in fields(MetaQueryConfig)})
@@ -383,14 +391,14 @@ def parse_flags():
 
 
 def main():
-    with errors_in_one_line():
+    with cli.errors_in_one_line():
         if not sys.stderr.isatty():  # the bars of loading are for eyes, not for files
             disable_progress_bar()
         config, changes = parse_flags()
         try:
             train(config, changes)
         except torch.OutOfMemoryError:
-            fail(distributed.out_of_memory(config.batch_size, config.micro_batch_size))
+            cli.fail(distributed.out_of_memory(config.batch_size, config.micro_batch_size))
 
 
 if __name__ == "__main__":

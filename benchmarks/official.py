@@ -91,7 +91,8 @@ def find(data, names):
     if data.is_file():
         return data
     for name in names:
-        if found := sorted(data.glob(name)):
+        found = [path for path in sorted(data.glob(name)) if not path.name.startswith(".")]
+        if found:
             return found[0]
     raise FileNotFoundError(f"no {' or '.join(names)}")
 
@@ -147,23 +148,30 @@ def commonsense(data):
 
     In metaqueryneg_images/ each prompt of a pair is the other's negative prompt.
     """
-    text = read_text(find(data, ("data.json", "*.json", "*.jsonl"))).strip()
-    rows = json.loads(text) if text[:1] == "[" else map(json.loads, text.splitlines())
-    rows = list(rows)
+    path = find(data, ("data.json", "*.json", "*.jsonl"))
+    text = read_text(path).strip()
+    if text.startswith("["):
+        rows = json.loads(text)
+    else:
+        rows = [json.loads(line) for line in text.split("\n")]
+
     for folder in ("metaquery_images", "metaqueryneg_images"):
         for i, row in enumerate(rows, 1):
             for one, other in (("prompt1", "prompt2"), ("prompt2", "prompt1")):
                 place = f"{folder}/{one}_img"
                 files = [f"{place}/original/{i:04d}-{k}.jpg" for k in (1, 2, 3, 4)]
-                negative = row[other] if folder == "metaqueryneg_images" else ""
-                sheet = f"{place}/{i:04d}.jpg"
-                yield Item(row[one], files, 4, negative_prompt=negative, sheet=sheet)
+                item = Item(row[one], files, 4, sheet=f"{place}/{i:04d}.jpg")
+                item.source = f"{path} row {i}"
+                if folder == "metaqueryneg_images":
+                    item.negative_prompt = row[other]
+                yield item
 
 
 def mjhq(data):
-    """meta_data.json, {id: {"category", "prompt"}}; CATEGORY/ID.png, for FID to its pictures."""
-    for name, row in json.loads(read_text(find(data, ("meta_data.json",)))).items():
-        yield Item(row["prompt"], [f"{row['category']}/{name}.png"])
+    """meta_data.json, {id: {"category", "prompt"}}; CATEGORY/ID.png, for FID to its images."""
+    path = find(data, ("meta_data.json",))
+    for name, row in json.loads(read_text(path)).items():
+        yield Item(row["prompt"], [f"{row['category']}/{name}.png"], source=f"{path} row {name}")
 
 
 def coco(data):
@@ -194,17 +202,19 @@ def dreambench(data):
 
     prompts_and_classes.txt names the classes, then the prompts for objects and for live subjects.
     """
-    data = data / "dataset" if (data / "dataset").is_dir() else data
+    data = folder_of(data, ("dataset",))
     text = read_text(find(data, ("prompts_and_classes.txt",)))
     names, prompts = text.split("Prompts", 1)
     classes = dict(re.findall(r"^(\w+),([\w ]+)$", names, re.M))
     classes.pop("subject_name", None)
-    objects, live = (
-        re.findall(r"'(.+?)'\.format", part) for part in prompts.split("prompt_list", 2)[1:]
-    )
+    _, objects, live = prompts.split("prompt_list", 2)
+
     for subject, kind in classes.items():
         first = data_files(data / subject, SUFFIXES)[0]
-        for i, prompt in enumerate(live if kind in ("cat", "dog") else objects):
+        part = objects
+        if kind in ("cat", "dog"):
+            part = live
+        for i, prompt in enumerate(re.findall(r"'(.+?)'\.format", part)):
             prompt = prompt.replace("{0} ", "").replace("{1}", kind)
             files = [f"{subject}/{i:02d}_{k}.png" for k in range(4)]
             notes = {f"{subject}/{i:02d}_{k}.txt": prompt + "\n" for k in range(4)}

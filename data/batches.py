@@ -8,22 +8,27 @@ from collections import defaultdict
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from data.sources import (
-    UNREADABLE,
-    Row,
-    Streamed,
-    open_sources,
-    read_row,
-    reason_of,
-    resume_place,
-    turn,
-)
+from data.order import MAX_BROKEN, OnDisk, Streamed, resume_place, turn
+from data.sources import UNREADABLE, Source, decode, parse_data, reason_of
 from metaquery import InputError, drop_conditions, to_pixels
 from toy.tasks import MIXTURES, task
 
-MAX_BROKEN = 1000  # broken rows in a row, from the first on, that end a run
+# What each stage reads of a row; the others read a text and a target.
+ROLES = {"reconstruct": ("target",), "edit": ("text", "target", "sources")}
+ROLES["instruct"] = ROLES["edit"]
+
+
+class Row(NamedTuple):
+    """One training sample before it is batched."""
+
+    prompt: str
+    images: list  # source images, PIL
+    target: Image.Image
+    index: int  # its place in the whole run, which seeds its noise
+    origin: tuple = (0, 0, "")  # number of its source, epoch, name
 
 
 class MicroBatch(NamedTuple):
@@ -104,6 +109,50 @@ class Collate:
         return Batch(micro_batches, 0)
 
 
+def open_sources(data, stage, columns, streaming, seed):
+    """([Source or OnDisk of each dataset], [their weights]) of --data; raises InputError.
+
+    columns: {role: a column's name, or names of each dataset in turn with commas between}.
+    Without any weight, datasets are mixed by their numbers of rows, as by the paper's authors."""
+    parts = parse_data(data)
+    sources, sizes = [], []
+    for number, (name, _) in enumerate(parts):
+        names = {}
+        for role in ROLES.get(stage, ("text", "target")):
+            each = columns.get(role, "").split(",")
+            if len(each) not in (1, len(parts)):
+                count = f"{len(each)} names for {len(parts)} datasets"
+                raise InputError(f"--{role}-column: {count}: give one, or one for each.")
+            names[role] = each[number % len(each)]
+        source = Source(name, names)
+        sizes.append(source.num_rows)
+        if not streaming:
+            source = OnDisk(source, seed)
+            sizes[-1] = len(source.rows)
+        sources.append(source)
+
+    weights = [weight or 1 for _, weight in parts]
+    if not any(weight for _, weight in parts) and len(parts) > 1:
+        if None in sizes:
+            raise InputError(f"--data {data}: sizes are unknown: give weights, NAME=WEIGHT.")
+        weights = sizes
+    return sources, weights
+
+
+# ---- Readers ----------------------------------------------------------------------------------
+
+
+def read_row(row, stage, index, seed):
+    """(prompt, source images, target image) of a row for a stage; raises if it is broken."""
+    if row["error"]:
+        raise ValueError(row["error"])
+    target = decode(row["target"])
+    coin = random.Random(f"{seed} {index}").random()
+    if stage == "reconstruct" or stage == "mix" and coin < 0.5:
+        return "", [target], target
+    return row["text"], [decode(image) for image in row["sources"]], target
+
+
 class Report:
     """What a reader did for one batch: rows read and skipped, and its place afterwards."""
 
@@ -127,7 +176,11 @@ class Reader(IterableDataset):
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         if self.places:
             place = self.places[worker]
-            self.number, self.readers, self.taken = place["reader"], place["readers"], place["taken"]
+            self.number, self.readers, self.taken = (
+                place["reader"],
+                place["readers"],
+                place["taken"],
+            )
             self.open = [
                 Streamed(source, self.seed, self.number, self.readers, stream)
                 for source, stream in zip(self.sources, place["streams"], strict=True)
@@ -141,8 +194,7 @@ class Reader(IterableDataset):
                 batch = self.read_batch(range(first, first + self.share))
                 if self.places:
                     streams = [stream.place() for stream in self.open]
-                    self.report.place = {"reader": self.number, "readers": self.readers,
-                                         "taken": self.taken, "streams": streams}  # fmt: skip
+                    self.report.place = place | {"taken": self.taken, "streams": streams}
                 yield batch._replace(skipped=len(self.report.skipped)), self.report
         except InputError as error:  # raised in the main process, on one line
             yield error
@@ -179,7 +231,8 @@ class Reader(IterableDataset):
         skipped_before = len(self.report.skipped)
         for raw in source.candidates(place):
             origin = (number, source.epoch, raw["name"])
-            self.report.read[origin[:2]] += 1
+            if self.places or len(self.report.skipped) == skipped_before:  # no substitute
+                self.report.read[origin[:2]] += 1
             try:
                 row = Row(*read_row(raw, self.collate.stage, index, self.seed), index, origin)
                 if fits is None or fits(row):
@@ -191,7 +244,7 @@ class Reader(IterableDataset):
 
         broken = self.report.skipped[skipped_before:]
         if not broken:
-            reason = f"a reader, one of {self.readers}, finds no rows in --data {source.name}"
+            reason = f"a reader, one of {source.readers}, finds no rows in --data {source.name}"
             raise InputError(f"{reason}: use fewer --workers or processes, or more rows.")
         _, _, name, reason = broken[0]
         raise InputError(f"--data {source.name} has no usable row; first {name}: {reason}.")
@@ -204,7 +257,7 @@ class Batches:
         self.loader, self.sources, self.left = iter(loader), sources, left
         self.readers, self.prefix = places, prefix
         self.epochs = [{}] * max(1, loader.num_workers)
-        self.read, self.skipped, self.kinds = defaultdict(int), defaultdict(list), set()
+        self.read, self.skipped, self.kinds = defaultdict(int), defaultdict(dict), set()
 
     def __iter__(self):
         return self
@@ -232,7 +285,7 @@ class Batches:
         for key, rows in report.read.items():
             self.read[key] += rows
         for number, epoch, name, reason in report.skipped:
-            self.skipped[number, epoch].append((name, reason))
+            self.skipped[number, epoch].setdefault(name, reason)
             kind = re.sub(r"\d+|'.*'", "", reason)
             if reason.startswith(UNREADABLE):
                 kind = name  # each is named
@@ -244,12 +297,12 @@ class Batches:
             newest = [max((e for n, e in seen if n == number), default=-1) for seen in self.epochs]
             if min(newest) > epoch or not self.left:
                 skipped = self.skipped.pop((number, epoch))
-                shards = sum(reason.startswith(UNREADABLE) for _, reason in skipped)
+                shards = sum(reason.startswith(UNREADABLE) for reason in skipped.values())
                 rows = len(skipped) - shards
                 text = f"skipped {rows} of {self.read[number, epoch] - shards} rows"
                 if shards:
                     text += f" and {shards} of {len(self.sources[number].shards)} shards"
-                name, reason = skipped[0]
+                name, reason = next(iter(skipped.items()))
                 where = f"{self.sources[number].name}: in epoch {epoch + 1}"
                 self.say(f"{where} {text}, first {name}: {reason}")
 

@@ -84,8 +84,11 @@ def diffusion_config(name):
     return load(name, subfolder=part), load(name, subfolder="vae")
 
 
-def build(config, processor=None, share=1.0):
-    """A MetaQuery of random weights in float32 on torch's default device; a share of all layers."""
+def build(config, dtype, processor=None, share=1.0):
+    """A MetaQuery of random weights on torch's default device, frozen ones in `dtype`.
+
+    share: of each part's layers. Raises InputError for a part that is not known.
+    """
 
     def cut(layers):
         return max(1, round(share * layers))
@@ -112,4 +115,8 @@ def build(config, processor=None, share=1.0):
             flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
             scheduler = diffusers.DPMSolverMultistepScheduler(**flow, flow_shift=3.0)
     config = replace(config, connector_layers=cut(config.connector_layers))
-    return MetaQuery(config, mllm, processor, *parts, scheduler).eval()
+    model = MetaQuery(config, mllm, processor, *parts, scheduler).eval()
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    return model

@@ -59,11 +59,7 @@ class Tracker(MemTracker):
 def meta_model(config):
     """A MetaQuery on the meta device, its frozen weights in bfloat16."""
     with torch.device("meta"):
-        model = build(config)
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.to(DTYPE)
-    return model
+        return build(config, DTYPE)
 
 
 def text_inputs(samples):

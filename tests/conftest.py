@@ -23,9 +23,9 @@ import torch
 import transformers
 from PIL import Image
 
+from extras.toy_parts.language import CHAT_TEMPLATE, language_config, make_processor, make_tokenizer
 from metaquery import SYSTEM_PROMPT, MetaQuery, MetaQueryConfig
 from notebooks.tiny_parts import make_stable_diffusion
-from extras.toy_parts.language import CHAT_TEMPLATE, language_config, make_processor, make_tokenizer
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "weights" / "tiny"

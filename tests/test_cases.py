@@ -13,7 +13,6 @@ from collections import Counter
 from types import SimpleNamespace
 
 import datasets
-import httpx
 import pyarrow as pa
 import pytest
 from PIL import Image
@@ -262,7 +261,10 @@ def captions_of_several_kinds_in_a_tar(d):
 
 @case(numbered([0, 1]))
 def upper_case_suffixes(d):
-    tar(d / "a.tar", [("0.JPG", image(0)), ("0.TXT", "no 0"), ("1.PNG", image(1)), ("1.txt", "no 1")])
+    tar(
+        d / "a.tar",
+        [("0.JPG", image(0)), ("0.TXT", "no 0"), ("1.PNG", image(1)), ("1.txt", "no 1")],
+    )
 
 
 @case(numbered([0, 1]))
@@ -355,7 +357,7 @@ def damaged_exif(d):
     write(d / "2.png", EXIF)
 
 
-@case(numbered([0]), bad=4, said="a.parquet row 1: cannot identify")
+@case(numbered([0]), bad=4, said="cannot identify")
 def broken_images(d):
     parquet(d / "a.parquet", image=[stored(x) for x in (image(0), BROKEN, CUT, b"", BROKEN)],
             caption=[f"no {i}" for i in range(5)])  # fmt: skip
@@ -566,14 +568,14 @@ def test_lost_connections_are_tried_again_then_skipped(
         for number, member in enumerate(read_tar(path)):
             if path.endswith("1.tar") and number == 2 and len(tries) < lost:
                 tries.append(path)
-                raise httpx.ReadTimeout("the connection is lost")
+                raise ConnectionResetError("the connection is lost")
             yield member
 
     monkeypatch.setattr(sources, "read_tar", flaky)
-    gone = {4, 5} if skipped else set()
+    gone = {3, 4, 5} if skipped else set()
     check(tmp_path, streaming, numbered([i for i in range(9) if i not in gone]), shards=skipped)
     said = capsys.readouterr().err
-    assert ("unreadable shard after 1 rows (the connection is lost)" in said) == bool(skipped)
+    assert ("unreadable shard after 0 rows (the connection is lost)" in said) == bool(skipped)
 
 
 # ---- The processor, mixing, names ------------------------------------------------------------
@@ -644,7 +646,10 @@ def hub(monkeypatch, files, splits=None):
 def test_hub_id_reads_the_files_that_datasets_names(tmp_path, streaming, monkeypatch):
     simple(tmp_path / "a.parquet", range(3))
     tar(tmp_path / "b.tar", pairs(range(3, 6)))
-    hub(monkeypatch, {"train": [f"file://{tmp_path}/b.tar"], "test": [f"file://{tmp_path}/a.parquet"]})
+    hub(
+        monkeypatch,
+        {"train": [f"file://{tmp_path}/b.tar"], "test": [f"file://{tmp_path}/a.parquet"]},
+    )
     check("someone/name", streaming, numbered(range(3, 6)))
     check("someone/name:x@test", streaming, numbered(range(3)))
     with pytest.raises(InputError, match="its splits are train, test: write NAME@SPLIT"):
@@ -656,7 +661,10 @@ def test_names_that_look_like_weights(tmp_path):
         (tmp_path / name).mkdir()
     assert sources.parse_data(f"{tmp_path}/run.png=1") == [(f"{tmp_path}/run.png=1", None)]
     assert sources.parse_data(f"{tmp_path}/a,b") == [(f"{tmp_path}/a,b", None)]
-    assert sources.parse_data(f"x=2,{tmp_path}/run.png=1") == [("x", 2.0), (f"{tmp_path}/run.png=1", None)]
+    assert sources.parse_data(f"x=2,{tmp_path}/run.png=1") == [
+        ("x", 2.0),
+        (f"{tmp_path}/run.png=1", None),
+    ]
     for wrong in ("a=0", "a=nan", "a=inf", "a=-1", "=1", "", "a,,b", "toy,a", "a=x"):
         with pytest.raises(InputError):
             sources.parse_data(wrong)
@@ -678,12 +686,12 @@ HOPELESS = {
     ),
     "an empty caption": lambda d: parquet(d / "a.parquet", image=[stored(image(0))], caption=[""]),
     "a caption that is a dict": lambda d: table(d / "a.jsonl", [{"image": "x", "text": {"a": 1}}]),
-    "an image that is a list|an image that is a dict|no image": lambda d: (
-        table(d / "a.jsonl", [{"image": [[1]], "text": "x"}])
+    "an image that is a list|an image that is a dict|no image": lambda d: table(
+        d / "a.jsonl", [{"image": [[1]], "text": "x"}]
     ),
     "cannot identify image": lambda d: parquet(d / "a.parquet", image=[BROKEN], caption=["x"]),
-    "the URL of an image": lambda d: (
-        table(d / "a.jsonl", [{"image": "https://x.org/a.png", "text": "x"}])
+    "the URL of an image": lambda d: table(
+        d / "a.jsonl", [{"image": "https://x.org/a.png", "text": "x"}]
     ),
     "No such file.*gone.png": lambda d: table(d / "a.jsonl", [{"image": "gone.png", "text": "x"}]),
     "unreadable shard": lambda d: write(d / "a.parquet", b"PAR1"),

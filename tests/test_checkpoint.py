@@ -5,13 +5,11 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from conftest import environment, launcher, losses, run
+from conftest import launcher, losses, run
 from runs import (
     ROOT,
     Running,
@@ -288,20 +286,6 @@ def test_two_processes_go_on_where_one_was(parts, whole, tmp_path):
     assert running.end()[0] == [0]
     succeed(tmp_path, argv(parts, out, shard="true"), world=2)
     assert losses(out) == pytest.approx(losses(whole), rel=1e-3)
-
-
-def test_ctrl_c_while_starting_is_one_line(parts, tmp_path):
-    command = [sys.executable, "train.py", *argv(parts, tmp_path / "run")]
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True
-    )
-    time.sleep(9)
-    if process.poll() is None and not (tmp_path / "run" / "log.jsonl").exists():
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
-        assert "Traceback" not in errors
-        assert process.returncode in (0, 130)
-    process.kill()
 
 
 def test_settings_are_in_the_checkpoint(whole):

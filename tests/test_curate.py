@@ -15,13 +15,12 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
+from benchmarks.curate import Recorder, group_score, instruction_score, target_score
 from conftest import WORDS, launcher, losses, noise_picture, run
+from toy.documents import ToyWriter, write_documents
 from tqdm import tqdm
 from transformers import SiglipConfig, SiglipImageProcessor, SiglipModel, SiglipProcessor
 
-import extras.curation.__main__
-import extras.curation.instructions
-from benchmarks.curate import Recorder, group_score, instruction_score, target_score
 from extras.curation.__main__ import contact_sheet, curate, open_run, parse_flags
 from extras.curation.instructions import (
     ImagePair,
@@ -32,9 +31,8 @@ from extras.curation.instructions import (
     group,
     read_answer,
 )
-from metaquery import MAX_PROMPT_TOKENS, InputError
-from toy.documents import ToyWriter, write_documents
 from extras.toy_parts.language import make_tokenizer
+from metaquery import MAX_PROMPT_TOKENS, InputError
 from toy.scene import COLORS, SHAPES
 
 pytestmark = pytest.mark.usefixtures("handlers_restored")

@@ -14,7 +14,6 @@ import pytest
 from conftest import noise_picture
 from PIL import Image
 
-import extras.curation.download
 from extras.curation.__main__ import parse_flags
 from extras.curation.documents import MAX_CAPTION, duplicates, open_blocks, read_documents
 from extras.curation.download import Downloader, Dropped, is_public

@@ -118,11 +118,11 @@ def test_every_prompt_is_generated_where_its_scorer_looks(build, tmp_path, monke
     model, expected = build("llava"), make(tmp_path / "data", name)
     seen, sizes, plain = [], [], model.generate
 
-    def generate(prompts, images, negative, *rest):
-        for prompt, row, avoid in zip(prompts, images, negative, strict=True):
-            seen.append((prompt, len(row), avoid))
+    def generate(prompts, images, negative_prompt, **options):
+        for prompt, row, negative in zip(prompts, images, negative_prompt, strict=True):
+            seen.append((prompt, len(row), negative))
             sizes.extend(image.size for image in row)
-        return plain(prompts, images, negative, *rest)
+        return plain(prompts, images, negative_prompt, **options)
 
     monkeypatch.setattr(model, "generate", generate)
     args = options(tmp_path / "data", tmp_path / "out")
@@ -235,7 +235,12 @@ def test_prompts_are_rewritten_by_the_models_own_mllm(build, tmp_path, monkeypat
     model, seen = build("llava"), []
     monkeypatch.setattr(model, "answer", lambda text, images: f"  in detail:\n{text[-2:]} ")
     plain = model.generate
-    monkeypatch.setattr(model, "generate", lambda p, *rest: seen.extend(p) or plain(p, *rest))
+
+    def generate(prompts, *inputs, **options):
+        seen.extend(prompts)
+        return plain(prompts, *inputs, **options)
+
+    monkeypatch.setattr(model, "generate", generate)
     items = OFFICIAL["wise"].items(tmp_path / "data")[:1]
     run(model, items, options(tmp_path / "data", tmp_path / "a", rewrite=True))
     run(model, items, options(tmp_path / "data", tmp_path / "b"))

@@ -186,9 +186,11 @@ def test_each_row_has_its_own_size_seed_and_negative_prompt(call, tmp_path, tiny
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
     seen, plain = [], tiny.generate
 
-    def generate(*inputs):
-        seen.append((*inputs[2], inputs[7], inputs[8], inputs[9][0].initial_seed()))
-        return plain(*inputs)
+    def generate(*inputs, **options):
+        size = options["height"], options["width"]
+        seed = options["generator"][0].initial_seed()
+        seen.append((*options["negative_prompt"], *size, seed))
+        return plain(*inputs, **options)
 
     monkeypatch.setattr(tiny, "generate", generate)
     flags = ["--prompts", "p.jsonl", "--steps", 1, "--seed", 3, "--negative-prompt", "blue"]
@@ -231,7 +233,12 @@ def test_a_prompt_is_rewritten_by_the_untouched_mllm(call, tiny, monkeypatch):
 def test_the_batch_size_bounds_what_is_generated_at_once(call, tmp_path, tiny, monkeypatch):
     (tmp_path / "p.txt").write_text("a star\n" * 5)
     sizes, plain = [], tiny.generate
-    monkeypatch.setattr(tiny, "generate", lambda p, *rest: sizes.append(len(p)) or plain(p, *rest))
+
+    def generate(prompts, *inputs, **options):
+        sizes.append(len(prompts))
+        return plain(prompts, *inputs, **options)
+
+    monkeypatch.setattr(tiny, "generate", generate)
     few = ("--steps", 1, "--out", "o", "--num-images", 2, "--batch-size", 5)
     assert call("sample", "--prompts", "p.txt", *few)[0] == 0
     assert sizes == [2, 2, 1] and len(list((tmp_path / "o").iterdir())) == 10

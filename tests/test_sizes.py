@@ -110,7 +110,7 @@ def test_connectors_have_the_sizes_of_table_3(design, layers, count):
 
 def test_layers_are_cut_alike():
     with torch.device("meta"):
-        model = build_random(MetaQueryConfig.preset("base"), share=0.25)
+        model = build_random(MetaQueryConfig.preset("base"), sizes.DTYPE, share=0.25)
     assert len(model.mllm.get_decoder().layers) == len(model.connector.layers) == 6
     assert len(model.diffusion.transformer_blocks) == 5
 
@@ -131,14 +131,13 @@ def test_tracked_peaks_are_what_a_step_takes(checkpointed):
     """Weights, gradients and moments by counting, and the rest within 10% of a real step's."""
     config = MetaQueryConfig.preset("tiny")
     run = sizes.Run(gradient_checkpointing=checkpointed)
-    model = build_random(config)
+    model = build_random(config, sizes.DTYPE)
     fixed = 0
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
             fixed += 4 * parameter.nbytes
         else:
-            parameter.data = parameter.data.to(sizes.DTYPE)
             fixed += parameter.nbytes
     if checkpointed:
         checkpoint_layers(model)

@@ -4,11 +4,9 @@
     python -m extras.flags                        make the parts only
     python -m extras.flags --checkpoint DIR       score one model, in more detail
 
-The last prints the share of right flags for each way to ask, and how often a question's condition
-is nearest to that of the right country's name: if it is and the flag is wrong, the diffusion model
-lost it. Then it asks for the flags of the countries whose capitals were held out, and the model's
-LLM for their names in text: --out gets what each question came to, and a .png beside it some
-generated flags, each left of the right one.
+The last prints the share of right flags for each way to ask. Then it asks for the flags of the
+countries whose capitals were held out, and the model's LLM for their names in text: --out gets what
+each question came to, and a .png beside it some generated flags, each left of the right one.
 """
 
 import argparse
@@ -21,7 +19,6 @@ from extras.flags.flag_scores import (
     cases_of,
     measure_flags,
     print_cases,
-    read_conditions,
     save_cases,
 )
 from sample import add_generation_options, load_model
@@ -47,11 +44,9 @@ def main():
             print(f"the parts are in {folder}")
             return
         model = load_model(args)
-        read = read_conditions(model, args, folder)
         for name in METRICS:
             top_1, top_5 = measure_flags(model, name, args, folder).values()
-            generated = f"generated {top_1:.3f}, among the nearest five {top_5:.3f}"
-            print(f"{name:>25}  {generated}, read from the condition {read[name]:.3f}", flush=True)
+            print(f"{name:>25}  {top_1:.3f}, among the nearest five {top_5:.3f}", flush=True)
 
         cases, images, right = cases_of(model, folder, args)
         out.parent.mkdir(parents=True, exist_ok=True)

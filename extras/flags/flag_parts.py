@@ -11,8 +11,16 @@ from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaTransforme
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from extras.flags.dataset import LLM, SIDE, code_of, flags, questions
-from extras.tables.frozen_parts import run
+from extras.flags.dataset import (
+    LLM,
+    SIDE,
+    check_packages,
+    code_of,
+    flags,
+    questions,
+    write_flags,
+    write_llm,
+)
 from extras.toy_parts.diffusion import (
     images_of_states,
     redraw,
@@ -139,7 +147,9 @@ def make_flags(folder):
     """Make all that the variants share in a folder, but for what is there already."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / LLM / "config.json").exists():
-        run(["-m", "extras.flags.dataset", "--out", folder], folder.with_suffix(".log"))
+        check_packages()
+        write_flags(folder)
+        write_llm(folder / LLM)
     if not (folder / SHUFFLED / "config.json").exists():
         shuffle_llm(folder / LLM, folder / SHUFFLED)
 

@@ -2,7 +2,6 @@
 
 from itertools import chain, product
 
-import torch
 from tqdm import tqdm
 
 from extras.flags.dataset import SIDE, code_of, flags, questions
@@ -59,39 +58,6 @@ def measure_flags(model, name, args, folder):
     top_1 = [code == codes[0] for code, codes in pairs]
     top_5 = [code in codes for code, codes in pairs]
     return {name: sum(top_1) / len(rows), f"{name}, top 5": sum(top_5) / len(rows)}
-
-
-@torch.no_grad()
-def conditions(model, rows):
-    """The conditions of B questions, each averaged over its L states: (B, c) float32."""
-    means = []
-    for start in range(0, len(rows), 32):
-        cond, mask = model.encode_prompts([row["text"] for row in rows[start : start + 32]])
-        if mask is None:
-            mask = cond.new_ones(cond.shape[:2])  # (b, L)
-        weights = mask / mask.sum(1, keepdim=True)
-        means.append((weights[..., None] * cond).sum(1).float().cpu())
-    return torch.cat(means)
-
-
-def read_conditions(model, args, folder):
-    """{metric: share of its questions whose condition is nearest to that of their country's name}.
-
-    A country's condition is the mean over the prompts in training that name it.
-    """
-    named = questions(folder, "trained", "name")
-    codes = sorted({code_of(row) for row in named})
-    labels = torch.tensor([codes.index(code_of(row)) for row in named])  # (B,)
-    cond = conditions(model, named)  # (B, c)
-    known = torch.stack([cond[labels == i].mean(0) for i in range(len(codes))])  # (F, c)
-
-    shares = {}
-    for name in METRICS:
-        rows = choose_questions(folder, name, args.limit)
-        read = nearest(conditions(model, rows), known)[:, 0].tolist()
-        right = [codes[i] == code_of(row) for i, row in zip(read, rows, strict=True)]
-        shares[name] = sum(right) / len(rows)
-    return shares
 
 
 def cases_of(model, folder, args):

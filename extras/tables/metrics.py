@@ -11,8 +11,6 @@ from itertools import zip_longest
 from statistics import mean, stdev
 from types import SimpleNamespace
 
-from safetensors.torch import load_file
-
 from benchmarks.toy import answer_share, scores
 from extras.flags.flag_scores import METRICS as FLAG_METRICS
 from extras.flags.flag_scores import measure_flags
@@ -22,8 +20,8 @@ from toy.scene import Goal, GoalObject, Scene, random_pair
 from toy.tasks import SIX_KINDS, Task, task
 from toy.words import COMMONSENSE, plural, with_article
 
-# Fewer steps than sample.py's: the tables generate tens of thousands of images.
 GENERATION = {"steps": 20, "guidance": 3.0, "image_guidance": 1.5, "num_images": 1}
+GENERATION |= {"negative_prompt": "", "batch_size": 50, "height": None, "width": None}
 NOT_PLOTTED = ("training loss", "samples per second", "saved parameters", "PSNR in dB")
 LAST_STEPS = 50  # whose mean is the training loss
 OTHER_OF_PAIR = {one: other for pair in COMMONSENSE for one, other in (pair, pair[::-1])}
@@ -82,7 +80,7 @@ def measure(model, name, limit, seed, work=None):
 
     work: the folder in which flags/ is, for metrics of flags.
     """
-    args = SimpleNamespace(**GENERATION, seed=seed, limit=limit, negative_prompt="", batch_size=50)
+    args = SimpleNamespace(**GENERATION, seed=seed, limit=limit)
     if name in FLAG_METRICS:
         return measure_flags(model, name, args, work / "flags")
     if name == "answers":
@@ -93,23 +91,21 @@ def measure(model, name, limit, seed, work=None):
     rows = [(t.prompt, t.images) for t in tasks]
     if change == "images withheld":
         rows = [(prompt, black_like(images)) for prompt, images in rows]
-    if change == "negative prompt":  # each has its own, so they are generated one by one
-        images = [generate(model, [r], args, negative=other_prompt(r[0]))[0] for r in rows]
-    else:
-        images = generate(model, rows, args)
+    negative = ""
+    if change == "negative prompt":
+        negative = [other_prompt(prompt) for prompt, _ in rows]
+    images = generate(model, rows, args, negative=negative)
     figures = scores(kind, [(row[0], t) for row, t in zip(images, tasks, strict=True)])
     return {name if figure == kind else figure: value for figure, value in figures.items()}
 
 
-def training_figures(folder):
+def training_figures(folder, model):
     """{name: figure} of a training: its last loss, its speed, and how much it trained."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return {
         "training loss": mean(line["loss"] for line in lines[-LAST_STEPS:]),
         "samples per second": lines[-1]["samples_per_s"],
-        "saved parameters": sum(
-            x.numel() for x in load_file(folder / "model.safetensors").values()
-        ),
+        "saved parameters": sum(x.numel() for x in model.trained_state_dict().values()),
     }
 
 

@@ -85,7 +85,7 @@ def score(variant, metrics, seed, args):
         device = device_of()
         dtype, _ = choose_dtype(device)
         model = MetaQuery.from_pretrained(folder, dtype).to(device, dtype).eval()
-        scores["training"] = training_figures(folder)
+        scores["training"] = training_figures(folder, model)
         scores["made on"] = machine(device)
         for name in missing:
             scores[name] = measure(model, name, args.limit, seed, args.work)
