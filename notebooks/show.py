@@ -1,4 +1,4 @@
-"""How the notebooks show pictures, and results of benchmarks.
+"""How the notebooks show images and the results of extras.tables.
 
 To be imported first: it silences progress bars and deprecation notes of libraries.
 """
@@ -20,61 +20,81 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 disable_progress_bar()
 set_verbosity_error()
 plt.rcParams["figure.dpi"] = 80
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+RESULTS = Path(__file__).parent.parent / "extras" / "tables" / "results"
+SETTINGS = ("steps", "batch_size", "lr", "limit")  # flags of a table's command
 
 
-def show(pictures, labels=(), columns=10, side=1.3):
-    """Show PIL pictures in rows of `columns`, each with its label, if any, above it.
+def show(images, labels=(), columns=10, side=1.3):
+    """Show PIL images in rows of `columns`, each with its label, if any, above it.
 
-    `side` is a picture's width in inches. Long labels take several lines.
+    side: an image's width in inches. Long labels take several lines.
     """
-    rows = -(-len(pictures) // columns)
-    columns = min(columns, len(pictures))
+    rows = -(-len(images) // columns)
+    columns = min(columns, len(images))
     labels = ["\n".join(textwrap.wrap(str(label), int(18 * side))) for label in labels]
     lines = max((label.count("\n") for label in labels), default=0)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(columns * side, rows * (side * 1.15 + 0.12 * lines)), squeeze=False
-    )
+    size = (columns * side, rows * (side * 1.15 + 0.12 * lines))
+
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
-    for axis, picture in zip(axes.flat, pictures, strict=False):
-        axis.imshow(picture)
+    for axis, image in zip(axes.flat, images, strict=False):
+        axis.imshow(image)
     for axis, label in zip(axes.flat, labels, strict=False):
         axis.set_title(label, fontsize=7)
     figure.tight_layout(pad=0.3)
+
     # With 256 colours the notebook's file is a third as large.
-    drawn, reduced = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, bbox_inches="tight", pad_inches=0.05)
+    full, reduced = io.BytesIO(), io.BytesIO()
+    figure.savefig(full, bbox_inches="tight", pad_inches=0.05)
     plt.close(figure)
-    Image.open(drawn).convert("RGB").quantize(256).save(reduced, "PNG", optimize=True)
+    Image.open(full).convert("RGB").quantize(256).save(reduced, "PNG", optimize=True)
     display(DisplayedImage(reduced.getvalue()))
 
 
-def show_results(table, names):
-    """Draw some figures of a table of benchmarks.tables as bars, mean ± spread over seeds.
+def print_results(table, metrics):
+    """Print some metrics of a table of extras.tables: mean ± spread over its seeds.
 
-    If the table was not made yet, print the command that makes it.
+    The spread is the standard deviation over the seeds. Returns the table's variants, a dict,
+    which is empty if there are no results; then the command that makes them is printed.
     """
     path = RESULTS / f"{table}.json"
     command = f"python -m extras.tables {table}"
     if not path.exists():
         print(f"no results yet; to make them: {command}")
-        return
+        return {}
+
     result = json.loads(path.read_text())
-    settings = result["settings"]
     command += f" --seeds {len(result['seeds'])}"
-    for name in ("steps", "batch_size", "lr", "limit"):
-        command += f" --{name.replace('_', '-')} {settings[name]}"
+    for name in SETTINGS:
+        command += f" --{name.replace('_', '-')} {result['settings'][name]}"
     print(command)
-    width = 0.8 / len(result["arms"])
-    figure, axis = plt.subplots(figsize=(1.5 + 1.3 * len(names), 2.6))
-    for number, (label, arm) in enumerate(result["arms"].items()):
-        places = [place + number * width for place in range(len(names))]
-        means = [arm["mean"][name] for name in names]
-        spreads = [arm["spread"][name] for name in names]
+
+    width = max(len(metric) for metric in metrics)
+    width = max(width, len("0.00 ± 0.00"))
+    print(" " * 16, *[f"{metric:>{width}}" for metric in metrics], sep="  ")
+    for label, variant in result["variants"].items():
+        cells = [f"{variant['mean'][m]:.2f} ± {variant['spread'][m]:.2f}" for m in metrics]
+        print(f"{label:16}", *[f"{cell:>{width}}" for cell in cells], sep="  ")
+    return result["variants"]
+
+
+def show_results(table, metrics):
+    """Print some metrics of a table of extras.tables, and show them as bars with their spread."""
+    variants = print_results(table, metrics)
+    if not variants:
+        return
+
+    width = 0.8 / len(variants)
+    figure, axis = plt.subplots(figsize=(1.5 + 1.3 * len(metrics), 2.6))
+    for number, (label, variant) in enumerate(variants.items()):
+        places = [place + number * width for place in range(len(metrics))]
+        means = [variant["mean"][metric] for metric in metrics]
+        spreads = [variant["spread"][metric] for metric in metrics]
         axis.bar(places, means, width, yerr=spreads, capsize=2, label=label)
-    ticks = [place + 0.4 - width / 2 for place in range(len(names))]
-    axis.set_xticks(ticks, [name.replace(", ", "\n") for name in names], fontsize=8)
+
+    ticks = [place + 0.4 - width / 2 for place in range(len(metrics))]
+    axis.set_xticks(ticks, [metric.replace(", ", "\n") for metric in metrics], fontsize=8)
     axis.set_ylim(0, 1.05)
     axis.set_ylabel("share right")
     axis.legend(fontsize=7)

@@ -1,14 +1,22 @@
-"""Every notebook runs from top to bottom, and is written as the others are."""
+"""The notebooks run, their solutions too, and every command in their text is one that exists."""
 
+import argparse
 import ast
+import importlib
 import json
 import re
+import sys
 
 import pytest
 from conftest import ROOT
 
 nbformat = pytest.importorskip("nbformat")
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+pytestmark = pytest.mark.usefixtures("handlers_restored")
+EACH = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+COMMAND = re.compile(r"^!?(?:torchrun .*?(?=\w+\.py)|python (?:-m )?)([\w./]+)(.*)$", re.M)
+# Their exercises train for minutes, or need what a download brings: only their syntax is tested.
+LONG = ("train(", "!python train.py", "runs/tables", "!python -m extras.sizes")
 
 
 def read(path):
@@ -19,45 +27,125 @@ def code_cells(path):
     return [cell for cell in read(path).cells if cell.cell_type == "code"]
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs_from_top_to_bottom(path):
+def solutions(path):
+    """The code of the exercises' solutions, in the last cell."""
+    return re.findall(r"```python\n(.*?)```", read(path).cells[-1].source, re.S)
+
+
+def commands(path):
+    """(program, flags) of each command in a notebook, in its text or after an exclamation mark."""
+    found = []
+    for cell in read(path).cells:
+        text = cell.source
+        if cell.cell_type == "markdown":
+            inline = re.findall(r"`((?:python|torchrun) [^`]*)`", text)
+            text = "\n".join([*re.findall(r"```(?:bash|python)\n(.*?)```", text, re.S), *inline])
+        text = text.replace("\\\n", " ")
+        text = re.sub(r'"([^"\n]*)"', lambda quoted: quoted[1].replace(" ", "_"), text)
+        for program, flags in COMMAND.findall(text):
+            # {flags} stands for flags that the cell puts together: they are tested by running it.
+            flags = re.sub(r"2> \S+|\{flags\}", "", flags)
+            found.append((program, flags.split()))
+    return found
+
+
+@pytest.mark.slow
+@EACH
+def test_a_notebook_and_its_solutions_run(path):
     nbclient = pytest.importorskip("nbclient")
     pytest.importorskip("matplotlib")
+    notebook = read(path)
+    for code in solutions(path):
+        if not any(words in code for words in LONG):
+            notebook.cells.append(nbformat.v4.new_code_cell(code))
+
     resources = {"metadata": {"path": str(path.parent)}}
-    nbclient.NotebookClient(read(path), timeout=600, resources=resources).execute()
+    nbclient.NotebookClient(notebook, timeout=900, resources=resources).execute()
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_has_short_cells_outputs_and_three_exercises(path):
+@EACH
+def test_a_notebook_is_written_as_the_others(path):
     for cell in code_cells(path):
         assert len(cell.source.splitlines()) <= 15, cell.source
         assert cell.execution_count, "its outputs are committed"
         assert not [out for out in cell.outputs if out.output_type == "error"]
-    last = read(path).cells[-1].source
-    assert len(re.findall("<details>", last)) == 3
-    for solution in re.findall(r"```python\n(.*?)```", last, re.DOTALL):
-        ast.parse(re.sub(r"^!.*$", "", solution, flags=re.MULTILINE))
+
+    cells = read(path).cells
+    for part in ("**Goals.**", "**Time.**", "**Prerequisites.**"):
+        assert part in cells[0].source
+    whole = "\n".join(cell.source for cell in cells)
+    assert "## Summary" in whole and "**Predict, then run" in whole
+    assert len(re.findall("<details>", cells[-1].source)) == 3
+    for code in solutions(path):
+        ast.parse(re.sub(r"^!.*$", "", code, flags=re.M))
+    for link in re.findall(r"\]\(([\w./]+)\)", whole):
+        assert (path.parent / link).exists(), link
 
 
-def test_results_are_drawn_and_where_there_are_none_the_command_is_told(
-    tmp_path, monkeypatch, capsys
-):
+class Parsed(Exception):
+    """Raised instead of running a command whose flags are right."""
+
+
+@EACH
+def test_commands_in_a_notebook_exist_and_take_their_flags(path, monkeypatch):
+    for program, flags in commands(path):
+        check_command(program, flags, monkeypatch)
+
+
+@pytest.mark.parametrize("flags", ["--zero", "--gradient-checkpointing maybe"])
+def test_a_flag_that_is_gone_is_noticed(flags, monkeypatch):
+    with pytest.raises(SystemExit):
+        check_command("train.py", flags.split(), monkeypatch)
+
+
+def check_command(program, flags, monkeypatch):
+    """Parse the flags as the program does, and stop before it runs."""
+    parser_class = argparse.ArgumentParser
+    parse = parser_class.parse_known_args
+
+    def parse_and_stop(self, *args, **kwargs):
+        _, unknown = parse(self, *args, **kwargs)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        raise Parsed
+
+    name = program.removesuffix(".py").replace("/", ".")
+    if (ROOT / name.replace(".", "/")).is_dir():
+        name += ".__main__"
+    monkeypatch.setattr(parser_class, "parse_known_args", parse_and_stop)
+    monkeypatch.setattr(sys, "argv", [program, *flags])
+    with pytest.raises(Parsed):
+        importlib.import_module(name).main()
+    monkeypatch.undo()
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    """notebooks.show, with its results in an empty folder; and that folder's T3.json, unwritten."""
     show = pytest.importorskip("notebooks.show")
-    drawn = []
     monkeypatch.setattr(show, "RESULTS", tmp_path)
-    monkeypatch.setattr(show.plt, "show", lambda: drawn.append(show.plt.gcf()))
+    return show, tmp_path / "T3.json"
+
+
+def test_without_results_the_command_is_printed(table, capsys):
+    show, _ = table
     show.show_results("T3", ["dense"])
-    assert "python -m extras.tables T3" in capsys.readouterr().out and not drawn
-    arms = {"one": {"mean": {"dense": 0.5}, "spread": {"dense": 0.1}}}
-    arms["two"] = {"mean": {"dense": 0.75}, "spread": {"dense": 0.0}}
-    result = {
-        "seeds": [0, 1, 2],
-        "settings": {"steps": 600, "batch_size": 16, "lr": 2e-4, "limit": 50},
-        "arms": arms,
-    }
-    (tmp_path / "T3.json").write_text(json.dumps(result))
+    assert "python -m extras.tables T3" in capsys.readouterr().out
+
+
+def test_results_are_printed_with_their_spread_and_shown_as_bars(table, monkeypatch, capsys):
+    show, file = table
+    shown = []
+    monkeypatch.setattr(show.plt, "show", lambda: shown.append(show.plt.gcf()))
+    variants = {"one": {"mean": {"dense": 0.5}, "spread": {"dense": 0.1}}}
+    variants["two"] = {"mean": {"dense": 0.75}, "spread": {"dense": 0.0}}
+    settings = {"steps": 600, "batch_size": 16, "lr": 2e-4, "limit": 50}
+    result = {"seeds": [0, 1, 2], "settings": settings, "variants": variants}
+    file.write_text(json.dumps(result))
+
     show.show_results("T3", ["dense"])
-    heights = [bar.get_height() for bar in drawn[0].axes[0].patches]
+    heights = [bar.get_height() for bar in shown[0].axes[0].patches]
     assert heights == [0.5, 0.75]
-    told = "T3 --seeds 3 --steps 600 --batch-size 16 --lr 0.0002 --limit 50"
-    assert told in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "T3 --seeds 3 --steps 600 --batch-size 16 --lr 0.0002 --limit 50" in printed
+    assert "0.50 ± 0.10" in printed and "0.75 ± 0.00" in printed
