@@ -71,7 +71,7 @@ def make_unipic2(folder):
     diffusers.SD3Transformer2DModel(
         sample_size=16, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=16,
         num_attention_heads=2, joint_attention_dim=48, caption_projection_dim=32,
-        pooled_projection_dim=24, out_channels=4, pos_embed_max_size=24,
+        pooled_projection_dim=24, out_channels=4, pos_embed_max_size=32,
     ).save_pretrained(folder / "transformer")  # fmt: skip
     diffusers.AutoencoderKL(
         latent_channels=4, block_out_channels=(8, 8, 8, 8), norm_num_groups=2,
@@ -349,6 +349,8 @@ def test_a_sources_shape_is_kept(files):
     model = unipic2(files)
     assert model.latent_size(None, None, [[noise_image(300, 200)]]) == [44, 64]
     assert model.latent_size(None, None) == [64, 48]
+    with pytest.raises(InputError, match="at most 512"):
+        model.generate("a star", height=528, width=32, num_inference_steps=1)
     with pytest.raises(InputError, match="multiple of 16"):
         model.generate("a star", height=40, width=32, num_inference_steps=1)
 
