@@ -217,7 +217,12 @@ class UniPic2(Public):
             if len(set(fitted)) > 1:
                 raise InputError("sources of a batch differ in shape: give height and width.")
             width, height = width or fitted[0][0], height or fitted[0][1]
-        return super().latent_size(height, width)
+        sizes = super().latent_size(height, width)
+        config = self.diffusion.config
+        if max(sizes) > config.pos_embed_max_size * config.patch_size:
+            most = config.pos_embed_max_size * config.patch_size * self.downsampling
+            raise InputError(f"height and width are at most {most} for this model.")
+        return sizes
 
     def positions_of(self, inputs, mask):
         """The published script counts an image's tokens in one dimension."""
