@@ -129,9 +129,10 @@ class PromptFormat:
         self.mllm_config = mllm_config
         self.takes_images = hasattr(mllm_config, "vision_config")
 
-    def __call__(self, prompts, images=None, system=SYSTEM_PROMPT):
+    def __call__(self, prompts, images=None, system=SYSTEM_PROMPT, size=None):
         """Tokenize B prompts, strings or None, padded on the left: a dict of tensors.
 
+        size: (height, width) of the image to generate, for families that need it.
         images: as for `image_lists`; with system=None, to ask the MLLM itself, uncropped.
         Raises InputError if there are too many, or the MLLM reads text only."""
         images = [[to_rgb(image) for image in row] for row in image_lists(prompts, images)]
@@ -177,8 +178,8 @@ class PromptFormat:
         return messages
 
 
-def clean_prompt(tokenizer, prompt):
-    """The prompt without special tokens, cut at MAX_PROMPT_TOKENS; None becomes "".
+def clean_prompt(tokenizer, prompt, limit=MAX_PROMPT_TOKENS):
+    """The prompt without special tokens, cut at `limit` tokens; None becomes "".
 
     Raises InputError if it is not text that UTF-8 can encode."""
     if prompt is None:
@@ -188,11 +189,11 @@ def clean_prompt(tokenizer, prompt):
     for token in tokenizer.all_special_tokens:
         prompt = prompt.replace(token, " ")
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    if len(ids) <= MAX_PROMPT_TOKENS:
+    if len(ids) <= limit:
         return prompt
-    cut = f"prompt cut from {len(ids)} to {MAX_PROMPT_TOKENS} tokens"
+    cut = f"prompt cut from {len(ids)} to {limit} tokens"
     warnings.warn(cut, stacklevel=4)
-    return tokenizer.decode(ids[:MAX_PROMPT_TOKENS])
+    return tokenizer.decode(ids[:limit])
 
 
 def image_lists(prompts, images):
@@ -414,6 +415,7 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
     a config names. connector: maps (B, L, d) to (B, L, c); by default a new `Connector`.
     generation_config: a dict as GENERATION, the defaults of `generate`."""
 
+    config_class = MetaQueryConfig
     format_class = PromptFormat
 
     def __init__(self, config, mllm, processor, diffusion, vae, scheduler, connector=None):
@@ -431,20 +433,21 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
 
         d = mllm.config.get_text_config().hidden_size
         self.queries = nn.Parameter(torch.randn(config.num_queries, d) * 0.02)  # (N, d)
-        if connector is None:
-            gain = 1.0
-            if "caption_channels" in diffusion.config:  # Sana
-                gain = SANA_GAIN
-            layers, design = config.connector_layers, config.connector
-            pooled = diffusion.config.get("pooled_projection_dim", 0)
-            c = caption_width(diffusion)
-            connector = Connector(d, c, layers, design, gain, pooled)
-        self.connector = connector
+        self.connector = connector or self.new_connector(d)
 
         self.queries.requires_grad_(config.condition_on == "queries")
         mllm.requires_grad_(config.train_mllm)
         diffusion.requires_grad_(config.train_diffusion)
         vae.requires_grad_(False)
+
+    def new_connector(self, d):
+        """The connector for MLLM states of width d; a family with another overrides it."""
+        gain = 1.0
+        if "caption_channels" in self.diffusion.config:  # Sana
+            gain = SANA_GAIN
+        layers, design = self.config.connector_layers, self.config.connector
+        pooled = self.diffusion.config.get("pooled_projection_dim", 0)
+        return Connector(d, caption_width(self.diffusion), layers, design, gain, pooled)
 
     @property
     def is_flow(self):
@@ -483,15 +486,15 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
             if self.is_offloaded:
                 part.to("cpu")
 
-    def encode_prompts(self, prompts, images=None):
+    def encode_prompts(self, prompts, images=None, size=None):
         """The condition for the diffusion model: cond (B, L, c), and None.
 
-        prompts: B strings; images: as for `image_lists`. L is N. For condition_on
-        "last_layer", L is the prompts' length T, and the mask (B, T) is second; for
-        SD3-type models the pooled condition (B, p) is."""
+        prompts: B strings; images: as for `image_lists`; size: (height, width) of the
+        image to generate. L is N. For condition_on "last_layer", L is the prompts' length
+        T, and the mask (B, T) is second; for SD3-type models the pooled condition is."""
         if isinstance(prompts, str):
             prompts = [prompts]
-        return self.encode_inputs(self.format(prompts, images))
+        return self.encode_inputs(self.format(prompts, images, size=size))
 
     def encode_inputs(self, inputs):
         """As `encode_prompts`, for what `self.format` made of the prompts (§3.1)."""
@@ -522,10 +525,7 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
         inputs = to_device(inputs, self.queries.device)
         backbone = self.mllm.base_model  # the MLLM without its language head
         mask = inputs.pop("attention_mask")  # (B, T)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)  # (B, T)
-        if "image_grid_thw" in inputs:  # Qwen2.5-VL counts in time, height and width
-            ids = {name: x for name, x in inputs.items() if name != "pixel_values"}
-            positions = backbone.get_rope_index(**ids, attention_mask=mask)[0]  # (3, B, T)
+        positions = self.positions_of(inputs, mask)
 
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.train_mllm):
             outputs = backbone(
@@ -533,11 +533,18 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
             )
         return Prompt(outputs.cache, outputs.last_hidden_state, mask, positions)
 
+    def positions_of(self, inputs, mask):
+        """Positions of the prompts' tokens: (B, T); of Qwen2.5-VL with images (3, B, T)."""
+        if "image_grid_thw" in inputs:  # Qwen2.5-VL counts in time, height and width
+            ids = {name: x for name, x in inputs.items() if name != "pixel_values"}
+            return self.mllm.base_model.get_rope_index(**ids, attention_mask=mask)[0]
+        return (mask.cumsum(-1) - 1).clamp(min=0)
+
     def run_queries(self, prompt):
         """Pass 2: the queries, with gradient, against the prompt's keys and values.
 
         Returns their last hidden states (B, N, d). It equals one pass over prompt and
-        queries, as `one_pass` of tests/plain.py has it, but its backward pass costs N
+        queries, as `one_pass` of notebooks/plain.py has it, but its backward pass costs N
         tokens, however long the prompt is."""
         count = len(self.queries)
         queries = self.queries.to(self.mllm.dtype)
@@ -662,7 +669,9 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
             all_prompts += negative
             all_images += [black_like(row) for row in images]
         branches = len(all_prompts) // len(prompts)
-        cond, extra = self.encode_prompts(all_prompts, all_images)  # (branches·B, L, c)
+        h, w = self.latent_size(height, width, images)
+        size = (h * self.downsampling, w * self.downsampling)  # pixels
+        cond, extra = self.encode_prompts(all_prompts, all_images, size)  # (branches·B, L, c)
         cond = repeat(cond, num_images_per_prompt)
         extra = repeat(extra, num_images_per_prompt)
 
@@ -671,7 +680,6 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
         # is nearly a straight line and so needs few steps of a solver.
         solver = self.new_solver()
         solver.set_timesteps(num_inference_steps, device=self.queries.device)
-        h, w = self.latent_size(height, width)
         channels = self.diffusion.config.in_channels
         shape = (len(prompts) * num_images_per_prompt, channels, h, w)
         noise = randn_tensor(shape, generator, self.queries.device, torch.float32)
@@ -693,8 +701,10 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
             raise InputError(f"the latents are not finite: {fix}.")
         return self.decode_latents(x)
 
-    def latent_size(self, height, width):
-        """(h, w) of latents for an image's height and width in pixels, or None."""
+    def latent_size(self, height, width, images=()):
+        """(h, w) of latents for an image's height and width in pixels, or None.
+
+        images: the sources, for families whose images take their size from them."""
         patch = self.diffusion.config.get("patch_size") or 1
         blocks = self.diffusion.config.get("down_block_types", [0])  # a UNet's
         unit = self.downsampling * patch * 2 ** (len(blocks) - 1)
@@ -723,12 +733,14 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
         return self.tokenizer.batch_decode(new, skip_special_tokens=True)[0].strip()
 
     @torch.no_grad()
-    def encode_latents(self, pixels):
-        """Images (B, 3, H, W) in [-1, 1] to latents (B, C, h, w) float32."""
+    def encode_latents(self, pixels, sample=True):
+        """Images (B, 3, H, W) in [-1, 1] to latents (B, C, h, w) float32.
+
+        In training those of a KL autoencoder are sampled, unless sample is False."""
         encoded = self.vae.encode(pixels.to(self.vae.dtype))
         if hasattr(encoded, "latent"):  # Sana's autoencoder
             z = encoded.latent
-        elif self.training:  # a KL autoencoder encodes to a normal distribution
+        elif self.training and sample:  # a KL autoencoder encodes to a normal distribution
             z = encoded.latent_dist.sample()
         else:
             z = encoded.latent_dist.mode()
@@ -758,6 +770,8 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
 
         dtype: the weights become these tensors, in this dtype; None: they are copied."""
         expected = self.trained_state_dict()
+        if any(name.startswith("diffusion.") for name in state):  # frozen from here on
+            expected = self.diffusion.state_dict(prefix="diffusion.") | expected
         fits = {n for n in expected if n in state and state[n].shape == expected[n].shape}
         wrong = [name for name in expected | state if name not in fits]
         if wrong:
@@ -785,14 +799,22 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
 
         Frozen parts are in `dtype`, those that the checkpoint holds in `trained_dtype`.
         Raises InputError if it is missing, corrupt or does not fit the config."""
-        config, state, generation_config = read_checkpoint(folder, changes)
+        config, state, settings = read_checkpoint(folder, changes, cls.config_class)
+        model = cls.from_state(config, state, folder, dtype, trained_dtype)
+        model.generation_config |= settings
+        return model
+
+    @classmethod
+    def from_state(cls, config, state, source, dtype, trained_dtype=torch.float32):
+        """The model of a config and the trained weights in `state`, read from `source`."""
         mllm, processor = load_mllm(config, dtype)
         saved = any(name.startswith("diffusion.") for name in state)
         diffusion, vae, scheduler = load_diffusion(config, dtype, without_weights=saved)
         with init_empty_weights():  # nothing is initialised that the checkpoint replaces
             model = cls(config, mllm, processor, diffusion, vae, scheduler)
-        model.load_trained_state_dict(state, folder, trained_dtype)
-        model.generation_config |= generation_config
+        model.load_trained_state_dict(state, source, trained_dtype)
+        if not config.train_diffusion:
+            model.diffusion.to(dtype)
         return model
 
 
@@ -806,9 +828,13 @@ def to_device(inputs, device):
 
 
 def repeat(x, times):
-    """Each row of x (B, ...) `times` times, one after the other; None stays None."""
+    """Each row of x (B, ...) `times` times, one after the other; None stays None.
+
+    x may be a tuple of such tensors."""
     if x is None:
         return None
+    if isinstance(x, tuple):
+        return tuple(repeat(part, times) for part in x)
     return x.repeat_interleave(times, 0)
 
 
@@ -921,26 +947,32 @@ def save_checkpoint(model, state, folder):
     save_file(state, folder / "model.safetensors", {"format": "pt"})
 
 
-def read_checkpoint(folder, changes):
-    """(config, trained weights, generation config) of a folder or hub id."""
-    if not Path(folder).exists() and len(Path(folder).parts) == 2:
+def find_checkpoint(name):
+    """The folder of a checkpoint: a folder, a run's folder, or a hub id, downloaded."""
+    if not Path(name).exists() and len(Path(name).parts) == 2:
         with suppress(OSError, ValueError):
-            folder = snapshot_download(str(folder))
-    folder = Path(folder)
+            name = snapshot_download(str(name))
+    folder = Path(name)
+    if (folder / "latest").is_file():  # a run's folder: its newest checkpoint
+        folder = folder / (folder / "latest").read_text(encoding="utf-8").strip()
+    return folder
+
+
+def read_checkpoint(folder, changes, config_class=MetaQueryConfig):
+    """(config, trained weights, generation config) of a folder or hub id."""
     try:
-        if (folder / "latest").exists():  # a run's folder: its newest checkpoint
-            folder = folder / (folder / "latest").read_text(encoding="utf-8").strip()
+        folder = find_checkpoint(folder)
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         state = load_file(folder / "model.safetensors")
         for name in ("mllm", "diffusion", "vae"):
             bases = [base for base in (folder, HERE) if (base / values.get(name, "")).is_dir()]
             if values.get(name) and bases:
                 values[name] = str(bases[0] / values[name])
-        config = MetaQueryConfig(**(values | changes))
+        config = config_class(**(values | changes))
         generation_config = {}
         if (folder / "generation_config.json").exists():
             text = (folder / "generation_config.json").read_text(encoding="utf-8")
-            generation_config = {n: x for n, x in json.loads(text).items() if n in GENERATION}
+            generation_config = dict(json.loads(text))
     except InputError:
         raise
     except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:

@@ -95,15 +95,20 @@ class Streamed:
                 self.next_epoch += 1
 
             while self.pieces:
-                self.epoch, shard, cuts = self.pieces[0]
+                self.epoch, shard, cuts = piece = self.pieces[0]
                 rows = shuffled(self.source.read(shard), (self.seed, self.epoch, shard))
                 for cut in cuts:
                     rows = keep(rows, *cut)
-                for row in rows:
+                row = next(rows, None)
+                while row:
+                    following = next(rows, None)
                     self.read += 1
+                    if not following:  # before the last row is used: a place after it is the next's
+                        self.pieces, self.read = self.pieces[1:], 0
                     yield row
-                self.pieces = self.pieces[1:]
-                self.read = 0
+                    row = following
+                if self.pieces and self.pieces[0] is piece:  # it had no rows
+                    self.pieces = self.pieces[1:]
 
     def place(self):
         """Where to read on, as small lists for JSON."""

@@ -158,11 +158,13 @@ def find_shards(name):
     if os.path.isdir(path) and not is_described:
         folder = os.path.join(path, config or "")
         files = glob.glob("**", root_dir=folder, recursive=True)  # without hidden ones
-        return (
-            shards_of(sorted(file.replace("\\", "/") for file in files), split, folder),
-            folder,
-            None,
-        )
+        files = sorted(Path(file).as_posix() for file in files)
+        first = {}  # a folder that is linked to itself is read once
+        for parent in sorted(map(os.path.dirname, files), key=len):
+            first.setdefault(os.path.realpath(os.path.join(folder, parent)), parent)
+        parents = set(first.values())
+        files = [file for file in files if os.path.dirname(file) in parents]
+        return shards_of(files, split, folder), folder, None
 
     builder = load_dataset_builder(path, config)
     files, sizes = builder.config.data_files, builder.info.splits or {}
@@ -190,14 +192,22 @@ def read_tar(path):
     """(name, bytes) of each file in a tar; raises if it is damaged or cut off."""
     mode = "r:" if path.endswith(".tar") else "r|*"
     with opened(path) as file, tarfile.open(fileobj=file, mode=mode) as tar:
-        for member in tar:
+        members, damage = tar, None
+        if mode == "r:" and "://" not in path:  # images may lie apart from their captions
+            members = []
+            try:
+                members.extend(tar)
+            except tarfile.TarError as error:
+                damage = error
+            members.sort(key=lambda member: key_of(member.name)[0])
+        for member in members:
             if member.isfile() and not os.path.basename(member.name).startswith("."):
                 yield member.name, {"bytes": tar.extractfile(member).read()}
 
         if mode == "r:":  # tarfile takes a damaged header for the end, which is a block of zeros
             file.seek(tar.offset)
-            if file.read(512) != bytes(512):
-                raise tarfile.ReadError(f"damaged or cut off at byte {tar.offset}")
+            if damage or file.read(512) != bytes(512):
+                raise damage or tarfile.ReadError(f"damaged or cut off at byte {tar.offset}")
 
 
 def grouped(files, columns):
@@ -250,7 +260,9 @@ def read_table(path, columns):
         elif suffix in ("csv", "tsv"):
             csv.field_size_limit(2**31 - 1)
             text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
-            yield from csv.DictReader(text, delimiter={"csv": ",", "tsv": "\t"}[suffix])
+            header = text.readline()
+            text.seek(0)
+            yield from csv.DictReader(text, delimiter=max(",;\t", key=header.count))
         else:
             lines = (line.removeprefix(b"\xef\xbb\xbf") for line in file)
             lines = (line for line in lines if line.strip())

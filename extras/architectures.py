@@ -44,6 +44,7 @@ def mllm_config(name):
     """The config of an MLLM by hub id or folder."""
     if name not in LANGUAGE:
         return transformers.AutoConfig.from_pretrained(folder_of(name, "--mllm"))
+
     text = dict(zip(FIELDS, LANGUAGE[name], strict=True))
     tied = text["tie_word_embeddings"]
     if name == LLAVA:

@@ -74,6 +74,7 @@ def random_inputs(model, samples, with_image):
     config = model.mllm.config
     ids = torch.randint(10, 300, (samples, TEXT_TOKENS))  # none is special
     inputs = {}
+
     if with_image and config.model_type == "llava_onevision":
         pixels, patch = config.vision_config.image_size, config.vision_config.patch_size
         side = pixels // patch
@@ -89,6 +90,7 @@ def random_inputs(model, samples, with_image):
         inputs["pixel_values"] = torch.randn(samples * 36 * 36, 3 * 2 * 14 * 14)
         inputs["image_grid_thw"] = torch.tensor([[1, 36, 36]] * samples)
         inputs["mm_token_type_ids"] = (ids == config.image_token_id).long()
+
     inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     return to_device(inputs, model.queries.device)
 
@@ -212,6 +214,7 @@ def print_image(model, args, device, dtype):
     with torch.no_grad():
         cond, _ = model.encode_prompts(prompts)
     mask = torch.ones(1, cond.shape[1], dtype=torch.long, device=device)
+
     runs = {
         "ours": lambda: model.generate(prompts[:1], num_inference_steps=args.steps),
         "encoding": torch.no_grad()(lambda: model.encode_prompts(prompts)),

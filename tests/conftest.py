@@ -215,6 +215,54 @@ def make_qwen_vl(folder):
     processor.save_pretrained(folder)
 
 
+IMAGE_TOKENS = 4
+
+
+def make_internvl(folder):
+    """InternVL3's classes, tiny: 28 pixels, 4 tokens an image."""
+    tokenizer = make_tokenizer(WORDS, 420, "<IMG_CONTEXT>", "<video>")
+    tokenizer.add_tokens(["<img>", "</img>"], special_tokens=True)
+    names = {"start_image_token": "<img>", "end_image_token": "</img>"}
+    names |= {"context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"}
+    tokenizer.init_kwargs["extra_special_tokens"] = names
+    tokenizer._set_model_specific_special_tokens(names)
+    image_processor = transformers.GotOcr2ImageProcessor(
+        size={"height": 28, "width": 28},
+        image_mean=[0.485, 0.456, 0.406],
+        image_std=[0.229, 0.224, 0.225],
+    )
+    processor = transformers.InternVLProcessor(
+        image_processor,
+        tokenizer,
+        transformers.InternVLVideoProcessor(size={"height": 28, "width": 28}),
+        image_seq_length=IMAGE_TOKENS,
+        chat_template=INTERNVL_TEMPLATE,
+    )
+    vision = transformers.InternVLVisionConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
+        image_size=[28, 28], patch_size=[7, 7], norm_type="layer_norm",
+    )  # fmt: skip
+    config = transformers.InternVLConfig(
+        vision_config=vision,
+        text_config=language_config(tokenizer, **SMALL),
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=IMAGE_TOKENS,
+    )
+    transformers.InternVLForConditionalGeneration(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+INTERNVL_TEMPLATE = """{%- for message in messages -%}
+{{ '<|im_start|>' + message['role'] + '\\n' }}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'image' -%}{{ '<IMG_CONTEXT>\\n' }}
+{%- else -%}{{ part['text'] }}{%- endif -%}
+{%- endfor -%}
+{{ '<|im_end|>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"""
+
+
 def make_sana(folder):
     diffusers.SanaTransformer2DModel(
         in_channels=4,
@@ -277,13 +325,15 @@ def make_sana64(folder, sana):
 def parts(tmp_path_factory):
     """A folder of random models in the hub's layouts.
 
-    MLLMs: llava, qwen, qwen-vl. Diffusion models: sana, sana64 (64 x 64 pictures), sd, sd-v.
+    MLLMs: llava, qwen, qwen-vl, internvl. Diffusion models: sana, sana64 (64 x 64 pictures),
+    sd, sd-v.
     """
     folder = tmp_path_factory.mktemp("parts")
     torch.manual_seed(0)
     make_llava(folder / "llava")
     make_qwen(folder / "qwen")
     make_qwen_vl(folder / "qwen-vl")
+    make_internvl(folder / "internvl")
     make_sana(folder / "sana")
     make_stable_diffusion(folder / "sd", 4)
     make_stable_diffusion(folder / "sd-v", 4, "v_prediction")

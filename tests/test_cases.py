@@ -311,6 +311,56 @@ def img2dataset_files(d):
     parquet(d / "00000.parquet", url=["x"], caption=["y"])
 
 
+@case(numbered(range(3)))
+def captions_after_all_images_of_a_tar(d):
+    members = list(pairs(range(3)))
+    tar(d / "a.tar", members[::2] + members[1::2])
+
+
+@case(numbered(range(2)))
+def folder_that_is_linked_to_itself(d):
+    simple(d / "a.parquet", range(2))
+    (d / "loop").symlink_to(d, target_is_directory=True)
+
+
+@case(numbered(range(2)))
+def folder_that_is_a_link(d):
+    simple(d.parent / "elsewhere/a.parquet", range(2))
+    (d / "train").symlink_to(d.parent / "elsewhere", target_is_directory=True)
+
+
+@case(numbered(range(2)))
+def semicolons_in_csv(d):
+    folder(d, ["0.png", "1.png"], ["", ""])
+    (d / "metadata.jsonl").unlink()
+    write(d / "metadata.csv", "file_name;text\n0.png;no 0\n1.png;no 1\n")
+
+
+@case(numbered(range(2)))
+def lines_that_end_as_on_windows(d):
+    folder(d, ["0.png", "1.png"], ["no 0", "no 1"])
+    data = (d / "metadata.jsonl").read_bytes()
+    write(d / "metadata.jsonl", data.replace(b"\n", b"\r\n") + b"\r\n\r\n")
+
+
+@case([("a\u2028b", 0, 0)])
+def other_ends_of_lines_in_a_caption(d):
+    write(d / "0.png", image(0))
+    write(d / "metadata.jsonl", '{"file_name": "0.png", "text": "a\u2028b"}')
+
+
+@case(numbered(range(2)))
+def dots_before_the_names_of_a_tar(d):
+    tar(d / "a.tar", [(f"./{name}", data) for name, data in pairs(range(2))])
+
+
+@case(numbered(range(2)))
+def metadata_in_parquet(d):
+    write(d / "0.png", image(0))
+    write(d / "1.png", image(1))
+    parquet(d / "metadata.parquet", file_name=["0.png", "1.png"], text=["no 0", "no 1"])
+
+
 # Captions as they are written
 
 WORDS = ["0", "007", "1e5", "1.50", "true", "False", "None", "null", "nan", "NA", "2024-01-02"]
@@ -492,8 +542,9 @@ def saved_to_disk(d):
 def metadata_with_several_files(d):
     for i in range(4):
         write(d / f"{i}.png", image(i))
-    table(d / "metadata.jsonl", [{"source_images_file_names": ["2.png", "3.png"], "prompt": f"no {i}",
-                                  "target_image_file_name": f"{i}.png"} for i in (0, 1)])  # fmt: skip
+    rows = [{"source_images_file_names": ["2.png", "3.png"], "prompt": f"no {i}",
+             "target_image_file_name": f"{i}.png"} for i in (0, 1)]  # fmt: skip
+    table(d / "metadata.jsonl", rows)
 
 
 @both
@@ -515,10 +566,6 @@ def test_rows_of(name, streaming, tmp_path, capsys):
 
 
 # ---- Shards ----------------------------------------------------------------------------------
-
-
-def few(path, numbers):
-    simple(path, numbers)
 
 
 @both
@@ -672,13 +719,6 @@ def test_names_that_look_like_weights(tmp_path):
 
 # ---- Nothing to use --------------------------------------------------------------------------
 
-
-@case([], said="")
-def unused(d):
-    """Keeps the table's builder honest: a case without rows is refused, see below."""
-
-
-del CASES["unused"]
 
 HOPELESS = {
     "no column txt or text.*its columns are image, words: name one with --text-column": lambda d: (

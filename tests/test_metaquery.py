@@ -217,8 +217,8 @@ def test_conditions_are_computed_once(build):
     """Once per prompt: not once per step nor per picture."""
     model = build("qwen")
     asked, plain = [], model.encode_prompts
-    model.encode_prompts = lambda prompts, images=None: (
-        asked.append(len(prompts)) or plain(prompts, images)
+    model.encode_prompts = lambda prompts, *rest: (
+        asked.append(len(prompts)) or plain(prompts, *rest)
     )
     pictures = model.generate(PROMPTS, num_images_per_prompt=4, num_inference_steps=3)
     assert len(pictures) == 12 and asked == [6]

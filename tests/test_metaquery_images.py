@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from metaquery import InputError, black_like, drop_conditions, resize_and_crop
 from notebooks.plain import one_pass
 
-BACKBONES = ["llava", "qwen-vl"]
+BACKBONES = ["llava", "qwen-vl", "internvl"]
 PROMPTS = ["a red star left of a blue circle", "a star", "", "a blue circle"]
 
 

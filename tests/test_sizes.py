@@ -149,8 +149,9 @@ def test_tracked_peaks_are_what_a_step_takes(checkpointed):
 
 def test_processes_share_what_is_sharded():
     """Of four, each holds a quarter of the moments; and of the frozen weights, if asked."""
-    config = MetaQueryConfig.preset("tiny", connector_layers=24)
-    trained = 1e6 * millions(sizes.meta_model(config).connector)
+    config = MetaQueryConfig.preset("tiny")
+    model = sizes.meta_model(config)
+    trained = 1e6 * (millions(model.connector) + millions(model.diffusion))
     dist.init_process_group("fake", world_size=4, rank=0, store=FakeStore())
     try:
         whole = sizes.step_peak(config, sizes.Run(), 1)
@@ -175,8 +176,9 @@ def test_the_command_tells_what_fits(monkeypatch, capsys, handlers_restored):
     sizes.main()
     lines = capsys.readouterr().out.splitlines()
     assert "12 GB: generates; trains, micro-batch 2" in lines
-    connector = f"{millions(Connector(192, 192, 6)):.1f} M trained"
-    assert any("connector" in line and connector in line for line in lines)
+    count = f"{millions(Connector(192, 192, 6)):.1f} M,"
+    (line,) = [line for line in lines if "connector" in line]
+    assert count in line and line.endswith(", trained")
 
 
 @pytest.mark.parametrize(

@@ -44,17 +44,12 @@ def train_vae(run):
     """A DC-AE: 64x64x3 to 8x8x8, plain L1 + L2."""
     channels = (32, 32, 64, 128)
     vae = AutoencoderDC(
-        in_channels=3,
-        latent_channels=8,
-        encoder_block_types="ResBlock",
-        decoder_block_types="ResBlock",
-        encoder_block_out_channels=channels,
-        decoder_block_out_channels=channels,
-        encoder_layers_per_block=(0, 1, 1, 1),
-        decoder_layers_per_block=(0, 2, 2, 2),
-        encoder_qkv_multiscales=((),) * 4,
-        decoder_qkv_multiscales=((),) * 4,
-    ).to(memory_format=torch.channels_last)
+        in_channels=3, latent_channels=8,
+        encoder_block_types="ResBlock", decoder_block_types="ResBlock",
+        encoder_block_out_channels=channels, decoder_block_out_channels=channels,
+        encoder_layers_per_block=(0, 1, 1, 1), decoder_layers_per_block=(0, 2, 2, 2),
+        encoder_qkv_multiscales=((),) * 4, decoder_qkv_multiscales=((),) * 4,
+    ).to(memory_format=torch.channels_last)  # fmt: skip
 
     def make(rng):
         scenes = [random_scene(rng, patterns=0.3, held_out=0.08) for _ in range(run.batch_size)]
@@ -124,17 +119,11 @@ def images_of_states(sana, vae, scheduler, states, mask):
     pipeline.set_progress_bar_config(disable=True)
     with torch.autocast(sana.device.type, torch.bfloat16):
         return pipeline(
-            prompt_embeds=captions,
-            prompt_attention_mask=caption_mask,
-            negative_prompt=None,
-            negative_prompt_embeds=empty,
-            negative_prompt_attention_mask=empty_mask,
-            num_inference_steps=20,
-            guidance_scale=3.0,
-            height=SIZE,
-            width=SIZE,
-            use_resolution_binning=False,
-        ).images
+            prompt_embeds=captions, prompt_attention_mask=caption_mask, negative_prompt=None,
+            negative_prompt_embeds=empty, negative_prompt_attention_mask=empty_mask,
+            num_inference_steps=20, guidance_scale=3.0,
+            height=SIZE, width=SIZE, use_resolution_binning=False,
+        ).images  # fmt: skip
 
 
 def train_diffusion(run):
@@ -145,24 +134,14 @@ def train_diffusion(run):
     vae = AutoencoderDC.from_pretrained(run.out / "diffusion" / "vae").eval().to(run.device)
     skip = len(tokenizer(chat(tokenizer, [SYSTEM], open_end=False))["input_ids"])
     sana = SanaTransformer2DModel(
-        in_channels=8,
-        out_channels=8,
-        num_attention_heads=6,
-        attention_head_dim=32,
-        num_layers=6,
-        num_cross_attention_heads=3,
-        cross_attention_head_dim=64,
-        cross_attention_dim=192,
-        caption_channels=192,
-        sample_size=8,
-        interpolation_scale=1.0,
-    )
+        in_channels=8, out_channels=8, num_layers=6, sample_size=8, interpolation_scale=1.0,
+        num_attention_heads=6, attention_head_dim=32, num_cross_attention_heads=3,
+        cross_attention_head_dim=64, cross_attention_dim=192, caption_channels=192,
+    )  # fmt: skip
     scheduler = DPMSolverMultistepScheduler(
-        algorithm_type="dpmsolver++",
-        prediction_type="flow_prediction",
-        use_flow_sigmas=True,
-        flow_shift=1.0,
-    )
+        algorithm_type="dpmsolver++", prediction_type="flow_prediction",
+        use_flow_sigmas=True, flow_shift=1.0,
+    )  # fmt: skip
 
     def make(rng):
         kinds = rng.choices(list(KINDS), list(KINDS.values()), k=run.batch_size)

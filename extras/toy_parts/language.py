@@ -58,6 +58,7 @@ def make_tokenizer(words, vocab_size=1024, image="<image>", video="<video>"):
     split = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), split])
     core.decoder = decoders.ByteLevel()
+
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", image, video],
@@ -104,20 +105,12 @@ def world_texts():
 
 def language_config(tokenizer, **changes):
     """A toy Qwen2: 6 layers, 192 wide, unless `changes` say otherwise."""
-    options = dict(
-        vocab_size=len(tokenizer),
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=6,
-        num_attention_heads=3,  # of 64: wide heads look up whole words, and are faster
-        num_key_value_heads=3,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return Qwen2Config(**(options | changes))
+    # Three heads of 64: wide heads look up whole words, and are faster.
+    sizes = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6}
+    sizes |= {"num_attention_heads": 3, "num_key_value_heads": 3, "max_position_embeddings": 4096}
+    tokens = {"vocab_size": len(tokenizer), "tie_word_embeddings": True, "bos_token_id": None}
+    tokens |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    return Qwen2Config(**(sizes | tokens | changes))
 
 
 def user_turn(prompt, num_images=0):

@@ -101,7 +101,7 @@ def train_vision(run):
             image_size=VISION_SIZE,
             patch_size=VISION_PATCH,
             vision_use_head=False,
-        )
+        )  # fmt: skip
     )
     head = torch.nn.Linear(192, 7 + 9 + 9 + 3 + 3 + 1)
     accuracy = [0.0]  # a running mean

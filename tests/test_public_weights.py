@@ -1,0 +1,412 @@
+"""Public weights of the family: files in their own keys, against plain independent formulas."""
+
+import json
+import shutil
+
+import diffusers
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from conftest import IMAGE_TOKENS, noise_image
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torchvision.transforms.v2 import functional as transforms
+
+import public_weights
+from metaquery import InputError
+
+TEXTS = ["a red star left of a blue circle", "", "  a star ", "star " * 300]
+def random_state(shapes, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator) * 0.1 for name, shape in shapes.items()}
+
+
+def encoder_shapes(width, mlp, layers):
+    shapes = {}
+    for i in range(layers):
+        layer = f"connector.layers.{i}"
+        for name in "qkv":
+            shapes[f"{layer}.self_attn.{name}_proj.weight"] = (width, width)
+            shapes[f"{layer}.self_attn.{name}_proj.bias"] = (width,)
+        shapes |= {f"{layer}.self_attn.out_proj.weight": (width, width)}
+        shapes |= {f"{layer}.self_attn.out_proj.bias": (width,)}
+        for name in ("layer_norm1", "layer_norm2"):
+            shapes |= {f"{layer}.{name}.weight": (width,), f"{layer}.{name}.bias": (width,)}
+        shapes |= {f"{layer}.mlp.fc1.weight": (mlp, width), f"{layer}.mlp.fc1.bias": (mlp,)}
+        shapes |= {f"{layer}.mlp.fc2.weight": (width, mlp), f"{layer}.mlp.fc2.bias": (width,)}
+    return shapes
+
+
+@pytest.fixture(scope="module")
+def files(parts, tmp_path_factory):
+    """InternVL, a fine-tuned and a pre-trained .pth, a VAE at a root, and a UniPic2 folder."""
+    folder = tmp_path_factory.mktemp("public")
+    torch.manual_seed(3)
+    (folder / "internvl").symlink_to(parts / "internvl")
+    shutil.copytree(parts / "sana" / "vae", folder / "vae")
+    state = random_state(
+        {"meta_queries": (6, 64), "projector.weight": (64, 64), "projector.bias": (64,)}
+        | encoder_shapes(64, 96, 2)
+    )
+    state = {name: x.half() for name, x in state.items()}
+    torch.save(state, folder / "pretrained.pth")
+    sana = diffusers.SanaTransformer2DModel.from_pretrained(parts / "sana", subfolder="transformer")
+    tuned = {f"transformer.{name}": (x * 1.1).half() for name, x in sana.state_dict().items()}
+    torch.save(state | tuned, folder / "tuned.pth")
+    make_unipic2(folder / "unipic2")
+    (folder / "qwen-vl").symlink_to(parts / "qwen-vl")
+    return folder
+
+
+def make_unipic2(folder):
+    diffusers.SD3Transformer2DModel(
+        sample_size=16, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=48, caption_projection_dim=32,
+        pooled_projection_dim=24, out_channels=4, pos_embed_max_size=24,
+    ).save_pretrained(folder / "transformer")  # fmt: skip
+    diffusers.AutoencoderKL(
+        latent_channels=4, block_out_channels=(8, 8, 8, 8), norm_num_groups=2,
+        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+        scaling_factor=1.5305, shift_factor=0.0609,
+    ).save_pretrained(folder / "vae")  # fmt: skip
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.save_pretrained(folder / "scheduler")
+    shapes = {"meta_queries": (6, 64)} | encoder_shapes(128, 96, 2)
+    for i, (a, b) in enumerate([(128, 64), (24, 128), (48, 128)], 1):
+        shapes |= {f"projector_{i}.weight": (a, b), f"projector_{i}.bias": (a,)}
+    (folder / "conditioner").mkdir()
+    state = {name: x.bfloat16() for name, x in random_state(shapes, 1).items()}
+    save_file(state, folder / "conditioner" / "model.safetensors")
+
+
+def openuni(files, parts, name="tuned.pth", **options):
+    places = {"mllm": files / "internvl", "diffusion": parts / "sana", "vae": files / "vae"}
+    return public_weights.load(files / name, **(places | options))
+
+
+def unipic2(files, **options):
+    weights = {"weights": files / "unipic2", "mllm": files / "qwen-vl"}
+    return public_weights.load("unipic2", **(weights | options))
+
+
+# ---- The description, written out ----------------------------------------------------------------
+
+
+def plain_encoder(state, x, heads):
+    """nn.TransformerEncoderLayer, as the description says."""
+    count = len({name.split(".")[2] for name in state if name.startswith("connector.")})
+    for i in range(count):
+        part = {k.removeprefix(f"connector.layers.{i}."): v for k, v in state.items()}
+        mlp, width = part["mlp.fc1.weight"].shape
+        layer = nn.TransformerEncoderLayer(
+            width, heads, mlp, dropout=0, activation=lambda x: F.gelu(x, approximate="tanh"),
+            layer_norm_eps=1e-6, batch_first=True, norm_first=True,
+        )  # fmt: skip
+        packed = {}
+        for kind in ("weight", "bias"):
+            rows = [part[f"self_attn.{n}_proj.{kind}"] for n in "qkv"]
+            packed[f"self_attn.in_proj_{kind}"] = torch.cat(rows)
+            packed[f"self_attn.out_proj.{kind}"] = part[f"self_attn.out_proj.{kind}"]
+            for a, b in (("linear1", "mlp.fc1"), ("linear2", "mlp.fc2"),
+                         ("norm1", "layer_norm1"), ("norm2", "layer_norm2")):  # fmt: skip
+                packed[f"{a}.{kind}"] = part[f"{b}.{kind}"]
+        layer.load_state_dict(packed)
+        x = layer.train()(x)
+    return x
+
+
+def hidden_states(mllm, tokenizer, text, queries, rounded=False, **images):
+    """One prompt and the queries in one pass, positions 0, 1, 2, ..."""
+    if rounded:
+        for name, buffer in mllm.named_buffers():
+            if name.endswith("inv_freq"):
+                buffer.copy_(buffer.bfloat16().float())
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    words = mllm.get_input_embeddings()(ids)
+    if images:
+        seen = mllm.get_image_features(**images).pooler_output
+        if isinstance(seen, tuple | list):
+            seen = torch.cat(list(seen))
+        words = words.clone()
+        words[ids == mllm.config.image_token_id] = seen.flatten(0, -2)
+    x = torch.cat([words, queries[None]], 1)
+    positions = torch.arange(x.shape[1])[None]
+    out = mllm.base_model.language_model(inputs_embeds=x, position_ids=positions)
+    return out.last_hidden_state[:, -len(queries) :]
+
+
+def openuni_frame(text):
+    return f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n<img>"
+
+
+def load_internvl(files):
+    mllm = transformers.InternVLForConditionalGeneration.from_pretrained(files / "internvl")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(files / "internvl")
+    return mllm.eval(), tokenizer
+
+
+def float_state(path):
+    return {name: x.float() for name, x in torch.load(path).items()}
+
+
+def openuni_condition(files, text, **images):
+    mllm, tokenizer = load_internvl(files)
+    state = float_state(files / "tuned.pth")
+    hidden = hidden_states(mllm, tokenizer, text, state["meta_queries"], True, **images)
+    encoded = plain_encoder(state, hidden, 1)
+    return F.linear(encoded, state["projector.weight"], state["projector.bias"])
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * b.detach().abs().max().item())
+
+
+# ---- OpenUni -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt", [*TEXTS, None])
+@torch.no_grad()
+def test_openunis_condition(files, parts, prompt):
+    model = openuni(files, parts)
+    text = "Generate an image."
+    if prompt is not None:
+        text = f"Generate an image: {prompt.strip()}"
+    ids = model.format([prompt])["input_ids"][0]
+    assert ids.tolist() == model.tokenizer(openuni_frame(text)).input_ids
+    close(model.encode_prompts([prompt])[0], openuni_condition(files, openuni_frame(text)))
+
+
+@pytest.mark.parametrize("prompt", [" a star ", None])
+@torch.no_grad()
+def test_openunis_image(files, parts, prompt):
+    """Stretched to the image's size, then to one tile without antialiasing."""
+    model = openuni(files, parts)
+    image = noise_image(40, 24)
+    stretched = image.resize((8, 8), 3)
+    tile = transforms.to_dtype(transforms.to_image(stretched), torch.float32, scale=True)
+    tile = F.interpolate(tile[None], (28, 28), mode="bilinear", antialias=False)
+    tile = transforms.normalize(tile, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    words = "Keep the image as it is." if prompt is None else prompt
+    text = openuni_frame(f"<img>{'<IMG_CONTEXT>' * IMAGE_TOKENS}</img>\n{words}")
+    expected = openuni_condition(files, text, pixel_values=tile)
+    close(model.encode_prompts([prompt], [[image]])[0], expected)
+
+
+@pytest.mark.parametrize("negative", ["", "a blue circle"])
+@torch.no_grad()
+def test_openunis_images(files, parts, negative):
+    """The hub folder's DPM-Solver with guidance, the fine-tuned transformer and the other VAE."""
+    model = openuni(files, parts)
+    text = openuni_frame("Generate an image: a star")
+    other = f"Generate an image: {negative}" if negative else "Generate an image."
+    conds = [openuni_condition(files, t) for t in (text, openuni_frame(other))]
+    sana = diffusers.SanaTransformer2DModel.from_pretrained(parts / "sana", subfolder="transformer")
+    state = float_state(files / "tuned.pth")
+    sana.load_state_dict(
+        {k.removeprefix("transformer."): v for k, v in state.items() if "transformer." in k}
+    )
+    sana.eval()
+    solver = diffusers.DPMSolverMultistepScheduler.from_pretrained(
+        parts / "sana", subfolder="scheduler"
+    )
+    solver.set_timesteps(4)
+    x = torch.randn(1, 4, 8, 4, generator=torch.Generator().manual_seed(5))
+    for t in solver.timesteps:
+        v, free = (sana(x, encoder_hidden_states=c, timestep=t[None]).sample for c in conds)
+        x = solver.step(free + 4.5 * (v - free), t, x).prev_sample
+    latents = []
+    decode, model.decode_latents = model.decode_latents, lambda z: latents.append(z) or decode(z)
+    images = model.generate("a star", negative_prompt=negative, num_inference_steps=4, height=16,
+                            width=8, generator=torch.Generator().manual_seed(5))  # fmt: skip
+    close(latents[0], x)
+    vae = diffusers.AutoencoderDC.from_pretrained(files / "vae")
+    pixels = vae.decode(x / 0.5).sample.clamp(-1, 1)[0].permute(1, 2, 0)
+    expected = ((pixels + 1) * 127.5).round().int()
+    found = torch.tensor(list(images[0].tobytes())).view(16, 8, 3)
+    assert (found - expected).abs().max() <= 1 and images[0].size == (8, 16)
+
+
+def test_openunis_loss(files, parts):
+    model = openuni(files, parts)
+    targets = torch.rand(2, 3, 8, 8) * 2 - 1
+    z = model.vae.encode(targets).latent * 0.5
+    noise, u = torch.randn_like(z), torch.tensor([0.0004, 0.2507])
+    sigma = torch.tensor([1.0, 0.75]).view(2, 1, 1, 1)
+    texts = [openuni_frame("Generate an image: a star"), openuni_frame("Generate an image.")]
+    cond = torch.cat([openuni_condition(files, text) for text in texts])
+    x = (1 - sigma) * z + sigma * noise
+    timestep = 1000 * sigma.flatten()
+    v = model.diffusion(x, encoder_hidden_states=cond, timestep=timestep).sample
+    loss = model(["a star", None], targets, noise=noise, u=u)
+    close(loss, ((v - (noise - z)) ** 2).mean())
+    loss.backward()
+    assert model.queries.grad.abs().sum() > 0
+
+
+# ---- UniPic2 -------------------------------------------------------------------------------------
+
+
+def unipic2_condition(files, text, **images):
+    mllm = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(files / "qwen-vl").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(files / "qwen-vl")
+    state = load_file(files / "unipic2" / "conditioner" / "model.safetensors")
+    state = {name: x.float() for name, x in state.items()}
+    hidden = hidden_states(mllm, tokenizer, text, state["meta_queries"], **images)
+
+    def project(i, x):
+        return F.linear(x, state[f"projector_{i}.weight"], state[f"projector_{i}.bias"])
+
+    encoded = plain_encoder(state, project(1, hidden), 2)
+    return project(3, encoded), project(2, encoded.mean(1))
+
+
+def unipic2_frame(text):
+    return f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("prompt", [*TEXTS, None])
+@torch.no_grad()
+def test_unipic2s_condition(files, prompt):
+    model = unipic2(files)
+    expected = unipic2_condition(files, unipic2_frame(f"Generate an image: {prompt or ''}"))
+    for found, plain in zip(model.encode_prompts([prompt]), expected, strict=True):
+        close(found, plain)
+
+
+@pytest.mark.parametrize("edits", [False, True])
+@torch.no_grad()
+def test_unipic2s_latents(files, edits):
+    """Euler steps with guidance; a source's tokens before the noisy ones, in both branches."""
+    model = unipic2(files)
+    image, options, source = noise_image(60, 40), {}, None
+    texts = ["Generate an image: a star", "Generate an image: "]
+    if edits:
+        resized = image.resize((96, 64), 3)
+        processor = transformers.AutoProcessor.from_pretrained(files / "qwen-vl")
+        area = 56 * 84
+        options = processor.image_processor(
+            resized, size={"shortest_edge": area, "longest_edge": area}, return_tensors="pt"
+        )
+        assert options["image_grid_thw"].tolist() == [[1, 4, 6]]
+        seen = f"<|vision_start|>{'<|image_pad|>' * 6}<|vision_end|>"
+        texts = [seen + "a star", seen]
+        vae = model.vae
+        values = transforms.to_dtype(transforms.to_image(resized), torch.float32, scale=True)
+        mode = vae.encode(values[None] * 2 - 1).latent_dist.mode()
+        source = (mode - 0.0609) * 1.5305
+    conds = [unipic2_condition(files, unipic2_frame(text), **options) for text in texts]
+    solver = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    solver.set_timesteps(3)
+    x = torch.randn(1, 4, 8, 12, generator=torch.Generator().manual_seed(5))
+    for t in solver.timesteps:
+        v, free = (plain_sd3(model.diffusion, x, t, *cond, source) for cond in conds)
+        x = solver.step(free + 3.5 * (v - free), t, x).prev_sample
+    latents = []
+    decode, model.decode_latents = model.decode_latents, lambda z: latents.append(z) or decode(z)
+    model.generate("a star", [image] if edits else None, num_inference_steps=3, height=64,
+                   width=96, generator=torch.Generator().manual_seed(5))  # fmt: skip
+    close(latents[0], x)
+
+
+def plain_sd3(model, x, t, cond, pooled, source):
+    """SD3's forward pass, written out with a source's tokens."""
+    tokens = model.pos_embed(x)
+    count = tokens.shape[1]
+    if source is not None:
+        tokens = torch.cat([model.pos_embed(source), tokens], 1)
+    temb = model.time_text_embed(t[None], pooled)
+    text = model.context_embedder(cond)
+    for block in model.transformer_blocks:
+        text, tokens = block(hidden_states=tokens, encoder_hidden_states=text, temb=temb)
+    tokens = model.proj_out(model.norm_out(tokens[:, -count:], temb))
+    h, w = x.shape[2] // 2, x.shape[3] // 2
+    return tokens.view(1, h, w, 2, 2, 4).permute(0, 5, 1, 3, 2, 4).reshape(1, 4, 2 * h, 2 * w)
+
+
+@torch.no_grad()
+def test_unipic2_counts_an_images_positions_both_ways(files):
+    image, states = [[noise_image(60, 40)]], []
+    for positions in ("1d", "3d"):
+        model = unipic2(files, picture_positions=positions)
+        inputs = model.format(["a star"], image, size=(64, 96))
+        inputs.pop("sources")
+        states.append(model.read_prompt(inputs).positions)
+    assert states[0].ndim == 2 and states[0][0].tolist() == list(range(states[0].shape[1]))
+    assert states[1].ndim == 3 and states[1].max() < states[0].max()
+
+
+@torch.no_grad()
+def test_a_sources_shape_is_kept(files):
+    model = unipic2(files)
+    assert model.latent_size(None, None, [[noise_image(300, 200)]]) == [44, 64]
+    assert model.latent_size(None, None) == [64, 48]
+    with pytest.raises(InputError, match="multiple of 16"):
+        model.generate("a star", height=40, width=32, num_inference_steps=1)
+
+
+# ---- Files ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("family", ["openuni", "openuni-pretrained", "unipic2"])
+@torch.no_grad()
+def test_saved_models_load_again(files, parts, tmp_path, family, trains):
+    if family == "unipic2":
+        model = unipic2(files, train_diffusion=trains)
+    else:
+        name = "tuned.pth" if family == "openuni" else "pretrained.pth"
+        model = openuni(files, parts, name, train_diffusion=trains)
+    model.queries += 0.1
+    options = {"num_inference_steps": 2, "height": 32, "width": 32}
+    first = model.generate("a star", generator=torch.Generator().manual_seed(1), **options)
+    model.save_pretrained(tmp_path)
+    assert any("diffusion" in n for n in model.trained_state_dict()) == trains
+    again = public_weights.load(tmp_path)
+    second = again.generate("a star", generator=torch.Generator().manual_seed(1), **options)
+    assert type(again) is type(model) and again.generation_config == model.generation_config
+    assert first[0].tobytes() == second[0].tobytes()
+
+
+def test_bad_files_are_one_line(files, parts, tmp_path):
+    broken = tmp_path / "cut.pth"
+    broken.write_bytes((files / "tuned.pth").read_bytes()[:5000])
+    code = tmp_path / "code.pth"
+    torch.save({"meta_queries": print}, code)
+    other = tmp_path / "other.pth"
+    torch.save({"weight": torch.zeros(2)}, other)
+    wide = tmp_path / "wide.pth"
+    state = torch.load(files / "tuned.pth")
+    torch.save(state | {"meta_queries": torch.zeros(6, 128)}, wide)
+    words = ["cannot read", "cannot read", "another model", "do not fit"]
+    for path, word in zip((broken, code, other, wide), words, strict=True):
+        with pytest.raises(InputError, match=word) as caught:
+            openuni(files, parts, path)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="--mllm"):
+        openuni(files, parts, mllm=tmp_path / "nothing")
+    with pytest.raises(InputError, match=r"blip3o60k\.pth .*huggingface"):
+        public_weights.load("openuni-b-512")
+
+
+def test_a_download_is_announced_and_needs_its_space(monkeypatch, capsys):
+    usage = shutil.disk_usage("/")._replace(free=10**9)
+    monkeypatch.setattr(public_weights.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(InputError, match=r"GB"):
+        public_weights.load("openuni-l-1024")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**12))
+
+    def refused(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(public_weights, "hf_hub_download", refused)
+    with pytest.raises(InputError, match="no network"):
+        public_weights.load("openuni-l-1024-pretrained")
+    assert "GB" in capsys.readouterr().err
+
+
+def test_an_ordinary_folder_is_a_metaquery(build, tmp_path):
+    build().save_pretrained(tmp_path)
+    assert type(public_weights.load(tmp_path)).__name__ == "MetaQuery"
+    assert "family" not in json.loads((tmp_path / "config.json").read_text())
