@@ -55,12 +55,17 @@ def test_a_notebook_and_its_solutions_run(path):
     nbclient = pytest.importorskip("nbclient")
     pytest.importorskip("matplotlib")
     notebook = read(path)
+    text = notebook.cells[-1].source
+    count = len(notebook.cells)
     for code in solutions(path):
         if not any(words in code for words in LONG):
             notebook.cells.append(nbformat.v4.new_code_cell(code))
 
     resources = {"metadata": {"path": str(path.parent)}}
     nbclient.NotebookClient(notebook, timeout=900, resources=resources).execute()
+    printed = str([cell.outputs for cell in notebook.cells[count:]])
+    for promised in re.findall(r"It prints `([^`]*)`", text):
+        assert promised in printed
 
 
 @EACH
