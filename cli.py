@@ -67,7 +67,7 @@ def errors_in_one_line():
     except InputError as error:
         fail(error)
     except torch.OutOfMemoryError:
-        fail("out of memory: try --batch-size 1, --dtype bfloat16 or another --device.")
+        fail("out of memory: try --batch-size 1, --offload or --dtype bfloat16.")
     except OSError as error:
         name = f" {error.filename}" if error.filename else ""
         fail(f"cannot read or write{name} ({error.strerror or error}): check space and rights.")

@@ -217,7 +217,12 @@ class UniPic2(Public):
             if len(set(fitted)) > 1:
                 raise InputError("sources of a batch differ in shape: give height and width.")
             width, height = width or fitted[0][0], height or fitted[0][1]
-        return super().latent_size(height, width)
+        sizes = super().latent_size(height, width)
+        config = self.diffusion.config
+        if max(sizes) > config.pos_embed_max_size * config.patch_size:
+            most = config.pos_embed_max_size * config.patch_size * self.downsampling
+            raise InputError(f"height and width are at most {most} for this model.")
+        return sizes
 
     def positions_of(self, inputs, mask):
         """The published script counts an image's tokens in one dimension."""
@@ -352,10 +357,11 @@ def fetch(repo, file=""):
 
 def load(
     name, dtype=torch.float32, weights=None, mllm=None, diffusion=None, vae=None,
-    round_rotary=True, picture_positions="1d", **changes,
+    round_rotary=True, picture_positions="1d", trained_dtype=torch.float32, **changes,
 ):  # fmt: skip
     """The MetaQuery of a public name, folder, hub id or .pth. Raises InputError.
 
+    Frozen parts are in `dtype`, those that a fine-tuning trains in `trained_dtype`.
     weights: the files of a public name, here. mllm, diffusion, vae: hub ids or folders;
     None: the checkpoint's. round_rotary: OpenUni's MLLM was trained and is run with its
     rotary frequencies rounded to bfloat16. picture_positions: how UniPic2 counts the
@@ -365,27 +371,28 @@ def load(
     parts = {"mllm": mllm, "diffusion": diffusion, "vae": vae}
     changes |= {part: str(place) for part, place in parts.items() if place}
     names = {"round_rotary": round_rotary, "picture_positions": picture_positions}
+    dtypes = (dtype, trained_dtype)
     if name.removesuffix("-pretrained") in SIZES or name.endswith(".pth"):
-        return load_openuni(name, dtype, weights, changes | names)
+        return load_openuni(name, dtypes, weights, changes | names)
     if name in UNIPIC2 or Path(name, "conditioner").is_dir():
-        return load_unipic2(name, dtype, weights, changes | names)
+        return load_unipic2(name, dtypes, weights, changes | names)
 
     family, folder = "", metaquery.find_checkpoint(name)
     with suppress(OSError, ValueError, AttributeError):
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         family = values.get("family", "")
     if Path(folder, "conditioner").is_dir():  # a hub id of UniPic2's layout
-        return load_unipic2(str(folder), dtype, weights, changes | names)
+        return load_unipic2(str(folder), dtypes, weights, changes | names)
     if family not in FAMILIES:
-        return MetaQuery.from_pretrained(folder, dtype, **changes)
+        return MetaQuery.from_pretrained(folder, *dtypes, **changes)
 
     config, state, settings = metaquery.read_checkpoint(folder, changes, PublicConfig)
     if config.weights and not any(key.startswith("diffusion.") for key in state):
         state = read_weights(config.weights) | state
-    return assemble(config, state, folder, dtype, settings)
+    return assemble(config, state, folder, dtypes, settings)
 
 
-def load_openuni(name, dtype, weights, changes):
+def load_openuni(name, dtypes, weights, changes):
     """OpenUni by a public name, a local .pth, or OWNER/REPO/FILE.pth of the hub."""
     size = name.removesuffix("-pretrained")
     if size not in SIZES:
@@ -417,10 +424,10 @@ def load_openuni(name, dtype, weights, changes):
     if any(key.startswith("diffusion.") for key in state):
         config["weights"] = str(Path(weights).absolute())
     config = PublicConfig(**(shape_of(state, weights) | config))
-    return assemble(config, state, weights, dtype, DEFAULTS["openuni"])
+    return assemble(config, state, weights, dtypes, DEFAULTS["openuni"])
 
 
-def load_unipic2(name, dtype, weights, changes):
+def load_unipic2(name, dtypes, weights, changes):
     """UniPic2 by a public name or a folder of its layout."""
     folder = weights
     if folder is None and Path(name).is_dir():
@@ -434,12 +441,12 @@ def load_unipic2(name, dtype, weights, changes):
     folder = folder or fetch(UNIPIC2[name])
     state = read_weights(Path(folder, "conditioner"))
     config = shape_of(state, folder) | {"diffusion": str(folder)} | config
-    return assemble(PublicConfig(**config), state, folder, dtype, DEFAULTS["unipic2"])
+    return assemble(PublicConfig(**config), state, folder, dtypes, DEFAULTS["unipic2"])
 
 
-def assemble(config, state, source, dtype, generation_config):
+def assemble(config, state, source, dtypes, generation_config):
     """The model of a config, of its family."""
-    model = FAMILIES[config.family].from_state(config, state, source, dtype)
+    model = FAMILIES[config.family].from_state(config, state, source, *dtypes)
     model.generation_config |= generation_config
     if config.family == "openuni" and config.round_rotary:
         for name, buffer in model.mllm.named_buffers():

@@ -150,6 +150,7 @@ def add_generation_options(parser):
     add("--width", type=bounded(int, 1, 8192), help="in pixels (the model's own)")
     add("--num-images", type=bounded(int, 1, 10_000), default=1, help="a prompt (1)")
     add("--batch-size", type=bounded(int, 1, 10_000), default=24, help="at a time (24)")
+    add("--offload", action="store_true", help="parts visit the GPU in turn: less memory")
     add("--device", default="", help="cpu, cuda, ... (the best there is)")
     add("--dtype", default="", choices=cli.DTYPES, help="(what is fast)")
 
@@ -176,12 +177,15 @@ def load_model(args, exact=False):
         args.dtype = "float32"
     dtype, args.why = cli.choose_dtype(device, args.dtype)
     args.dtype = str(dtype).removeprefix("torch.")
-    model = public_weights.load(args.checkpoint, dtype, **parts)
+    # Parts are loaded in this dtype; their buffers, such as rotary frequencies, keep theirs.
+    model = public_weights.load(args.checkpoint, dtype, trained_dtype=dtype, **parts)
     for flag, name in (("steps", "num_inference_steps"), ("guidance", "guidance_scale"),
                        ("image_guidance", "image_guidance_scale")):  # fmt: skip
         if getattr(args, flag) is None:
             setattr(args, flag, model.generation_config[name])
-    return model.to(device, dtype).eval()
+    if args.offload:
+        return model.offload_to(device).eval()
+    return model.to(device).eval()
 
 
 def generate(model, rows, args, seeds=None, num_images=None, negative=None,

@@ -93,10 +93,12 @@ class TrainConfig:
     checkpoint: str = ""  # the model to fine-tune: a folder, a hub id or a public name
     resume: str = "auto"  # "auto", "none", or a step folder to resume from
 
-    data: str | None = None  # "toy", or hub ids and folders with weights: NAME,NAME=WEIGHT
-    text_column: str = ""  # the dataset's column of captions, if its name is unknown
-    target_column: str = ""  # the column of images to learn to generate
-    sources_column: str = ""  # the column of source images
+    # "toy", or folders, files and hub ids: NAME,NAME=WEIGHT, of a hub id NAME:CONFIG@SPLIT
+    data: str | None = None
+    # Columns of names that we do not know; with several datasets a name for each, with commas
+    text_column: str = ""  # captions
+    target_column: str = ""  # images to learn to generate
+    sources_column: str = ""  # source images
     streaming: bool | None = None  # read datasets as they are downloaded
     workers: int | None = None  # loader processes; 0: the training process itself
 
@@ -166,7 +168,7 @@ def build_model(config, changes, device, dtype):
 
     if config.checkpoint and model_class is MetaQuery:
         model = public_weights.load(config.checkpoint, dtype, **changes)
-    elif config.checkpoint:
+    elif config.checkpoint:  # public weights have model classes of their own
         model = model_class.from_pretrained(config.checkpoint, dtype, **changes)
     else:
         preset = MetaQueryConfig.preset(config.size, **changes)
@@ -287,7 +289,7 @@ def train(config, changes):
         first, places = saved["step"], saved["places"]
         mean_loss, mean_norm = saved["means"]
 
-    h, w = model.latent_size(None, None)
+    h, w = model.latent_size(model.resolution, model.resolution)
     latent_shape = (model.diffusion.config.in_channels, h, w)
     collate = Collate(model.format, model.resolution, latent_shape, config.stage,
                       config.seed, config.micro_batch_size, config.noises_per_sample)  # fmt: skip

@@ -24,13 +24,13 @@ LOAD = public_weights.load
 @functools.cache
 def shipped(dtype):
     """The shipped model, loaded once for all tests."""
-    return LOAD(sample.TINY, dtype)
+    return LOAD(sample.TINY, dtype, trained_dtype=dtype)
 
 
-def load(name, dtype, **parts):
+def load(name, dtype, trained_dtype=None, **parts):
     if str(name) == sample.TINY and not any(parts.values()):
         return shipped(dtype)
-    return LOAD(name, dtype, **parts)
+    return LOAD(name, dtype, trained_dtype=trained_dtype or dtype, **parts)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from conftest import ROOT
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data.sources import open_dataset, standardize
+from data.sources import Source
 from extras.flags import dataset, flag_parts
 from extras.flags.dataset import draw_flag, flags, questions, write_flags
 from extras.flags.facts import (
@@ -183,9 +183,7 @@ def test_another_seed_holds_out_other_countries(facts):
 
 def test_training_reads_the_folder(folder):
     name = str(folder / "train")
-    rows = standardize(
-        open_dataset(name, False), name, {"text": "", "target": ""}, ["text", "target"]
-    )
+    rows = list(Source(name, {"text": "", "target": ""}).read_all())
     assert len(rows) == len(questions(folder, "trained"))
     row = next(row for row in rows if row["text"] == "the flag of France")
     assert row["target"]["path"].endswith("FR.png")

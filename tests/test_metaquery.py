@@ -335,3 +335,33 @@ def test_every_mix_of_dtypes_trains_and_draws(parts, diffusion, train_mllm, trai
     assert model.generate(["a star"], images, num_inference_steps=2)[0].size == (8, 8)
     model(["a star"], torch.zeros(1, 3, 8, 8), images).backward()
     assert model.queries.grad.isfinite().all()
+
+
+def test_an_offloaded_model_generates_the_same(build, monkeypatch):
+    """Its parts visit the device in turn, one at a time: the largest decides, not the sum."""
+    model = build("llava")
+    images = [[noise_image(16, 16)]]
+
+    def generated():
+        generator = torch.Generator().manual_seed(3)
+        options = {"num_inference_steps": 2, "generator": generator}
+        return model.generate(["a star"], images, **options)[0].tobytes()
+
+    expected, answer = generated(), model.answer("a star", images[0], max_new_tokens=3)
+    moves = []
+    for name in ("mllm", "connector", "diffusion", "vae"):
+        part = getattr(model, name)
+        plain = part.to
+
+        def to(device, name=name, plain=plain):
+            moves.append((name, str(device)))
+            return plain("cpu")
+
+        monkeypatch.setattr(part, "to", to)
+    model.offload_to("cpu")
+    model.queries.data = model.queries.data.to("cpu")
+    assert generated() == expected
+    assert [name for name, _ in moves] == [
+        name for name in ("mllm", "connector", "diffusion", "vae") for _ in ("there", "back")
+    ]
+    assert model.answer("a star", images[0], max_new_tokens=3) == answer

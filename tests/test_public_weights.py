@@ -17,6 +17,8 @@ import public_weights
 from metaquery import InputError
 
 TEXTS = ["a red star left of a blue circle", "", "  a star ", "star " * 300]
+
+
 def random_state(shapes, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.randn(shape, generator=generator) * 0.1 for name, shape in shapes.items()}
@@ -43,7 +45,14 @@ def files(parts, tmp_path_factory):
     """InternVL, a fine-tuned and a pre-trained .pth, a VAE at a root, and a UniPic2 folder."""
     folder = tmp_path_factory.mktemp("public")
     torch.manual_seed(3)
-    (folder / "internvl").symlink_to(parts / "internvl")
+    for name in ("internvl", "qwen-vl"):  # attention far from uniform, so that positions matter
+        shutil.copytree(parts / name, folder / name)
+        weights = load_file(folder / name / "model.safetensors")
+        for key in weights:
+            if "language" in key or key.startswith("model.layers"):
+                if "q_proj.weight" in key or "k_proj.weight" in key:
+                    weights[key] = weights[key] * 20
+        save_file(weights, folder / name / "model.safetensors", {"format": "pt"})
     shutil.copytree(parts / "sana" / "vae", folder / "vae")
     state = random_state(
         {"meta_queries": (6, 64), "projector.weight": (64, 64), "projector.bias": (64,)}
@@ -55,7 +64,6 @@ def files(parts, tmp_path_factory):
     tuned = {f"transformer.{name}": (x * 1.1).half() for name, x in sana.state_dict().items()}
     torch.save(state | tuned, folder / "tuned.pth")
     make_unipic2(folder / "unipic2")
-    (folder / "qwen-vl").symlink_to(parts / "qwen-vl")
     return folder
 
 
@@ -63,7 +71,7 @@ def make_unipic2(folder):
     diffusers.SD3Transformer2DModel(
         sample_size=16, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=16,
         num_attention_heads=2, joint_attention_dim=48, caption_projection_dim=32,
-        pooled_projection_dim=24, out_channels=4, pos_embed_max_size=24,
+        pooled_projection_dim=24, out_channels=4, pos_embed_max_size=32,
     ).save_pretrained(folder / "transformer")  # fmt: skip
     diffusers.AutoencoderKL(
         latent_channels=4, block_out_channels=(8, 8, 8, 8), norm_num_groups=2,
@@ -183,14 +191,14 @@ def test_openunis_image(files, parts, prompt):
     """Stretched to the image's size, then to one tile without antialiasing."""
     model = openuni(files, parts)
     image = noise_image(40, 24)
-    stretched = image.resize((8, 8), 3)
+    stretched = image.resize((48, 64), 3)
     tile = transforms.to_dtype(transforms.to_image(stretched), torch.float32, scale=True)
     tile = F.interpolate(tile[None], (28, 28), mode="bilinear", antialias=False)
     tile = transforms.normalize(tile, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     words = "Keep the image as it is." if prompt is None else prompt
     text = openuni_frame(f"<img>{'<IMG_CONTEXT>' * IMAGE_TOKENS}</img>\n{words}")
     expected = openuni_condition(files, text, pixel_values=tile)
-    close(model.encode_prompts([prompt], [[image]])[0], expected)
+    close(model.encode_prompts([prompt], [[image]], (64, 48))[0], expected)
 
 
 @pytest.mark.parametrize("negative", ["", "a blue circle"])
@@ -341,6 +349,8 @@ def test_a_sources_shape_is_kept(files):
     model = unipic2(files)
     assert model.latent_size(None, None, [[noise_image(300, 200)]]) == [44, 64]
     assert model.latent_size(None, None) == [64, 48]
+    with pytest.raises(InputError, match="at most 512"):
+        model.generate("a star", height=528, width=32, num_inference_steps=1)
     with pytest.raises(InputError, match="multiple of 16"):
         model.generate("a star", height=40, width=32, num_inference_steps=1)
 

@@ -13,7 +13,6 @@ import random
 import re
 
 
-
 def words_in(text):
     """The words and numbers of a text, in lower case: a set."""
     return set(re.findall(r"\w+", text.lower().replace("'s", "")))
