@@ -106,7 +106,8 @@ def generation_peaks(config):
         model.to_empty(device="cpu")  # fake tensors
         model.mllm.tie_weights()
         rows = 2  # of guidance: with the prompt and without
-        x = torch.zeros(rows, model.diffusion.config.in_channels, *model.latent_size(model.resolution, model.resolution))
+        size = model.latent_size(model.resolution, model.resolution)
+        x = torch.zeros(rows, model.diffusion.config.in_channels, *size)
         hidden = torch.zeros(rows, *model.queries.shape, dtype=DTYPE)
         cond = model.connector(hidden)
         turns = {
