@@ -114,7 +114,8 @@ class OpenUniFrame(Frame):
 
     def with_images(self, texts, images, pixels, options):
         """An image is one tile, shrunk without antialiasing; the processor cuts several."""
-        norm, side = self.processor.image_processor, self.mllm_config.vision_config.image_size
+        norm = self.processor.image_processor
+        side = self.mllm_config.vision_config.image_size
         x = F.interpolate(pixels, side, mode="bilinear", antialias=False)
         mean, std = torch.tensor([norm.image_mean, norm.image_std])[..., None, None]
         return self.tokenizer(texts, **options) | {"pixel_values": (x - mean) / std}
@@ -176,8 +177,9 @@ class OpenUni(MetaQuery):
 
     def new_connector(self, d):
         self.format.side = self.resolution
+        c = metaquery.caption_width(self.diffusion)
         pooled = self.diffusion.config.get("pooled_projection_dim", 0)
-        return PublicConnector(self.config, d, metaquery.caption_width(self.diffusion), pooled)
+        return PublicConnector(self.config, d, c, pooled)
 
     def sigma_of(self, u):
         """σ in {1/1000 … 1}: 1 − floor(1000·u)/1000."""
@@ -203,14 +205,15 @@ class UniPic2(OpenUni):
 
     def latent_size(self, height, width, images=()):
         """A source's longer side becomes 512, the other a multiple of 32, unless given."""
-        fitted = set()
-        for image in (image for row in images for image in row):
-            size = np.array(metaquery.to_rgb(image).size)
-            fitted.add(tuple(np.maximum(1, (size * 16 / size.max()).round()).astype(int) * 32))
+        sources = {metaquery.to_rgb(image).size for row in images for image in row}
+        fitted = {
+            tuple(32 * max(1, round(side * 512 / max(size) / 32)) for side in size)
+            for size in sources
+        }
         if fitted and (height is None or width is None):
             if len(fitted) > 1:
-                raise InputError("sources of a batch differ in shape: give height and width.")
-            own_width, own_height = map(int, fitted.pop())
+                raise InputError("sources differ in shape: give height and width.")
+            own_width, own_height = fitted.pop()
             height, width = height or own_height, width or own_width
 
         sizes = super().latent_size(height, width)
@@ -235,7 +238,8 @@ class UniPic2(OpenUni):
         if sources is None:
             return cond, pooled
         with self.visit(self.vae):
-            return cond, (pooled, self.encode_latents(sources.to(cond.device), sample=False))
+            latents = self.encode_latents(sources.to(cond.device), sample=False)
+        return cond, (pooled, latents)
 
     def denoise(self, x, timestep, cond, extra=None):
         """The tokens of the clean source stand before the noisy ones in every block."""
@@ -295,13 +299,21 @@ def shape_of(state, source):
         raise InputError(f"{source} holds another model: {fix}.") from None
 
 
-def announce(needed, family):
+def announce(config, repo="", file="", size=0):
     """Print what will be downloaded; raises InputError if the disk is too small for it.
 
-    needed: (hub id or folder, a file of it, GB) of each part."""
+    repo, file, size: the weights' hub id, a file of theirs, and GB; the rest of what is
+    needed is the parts that the config names."""
+    needed = [(repo, file, size)]
+    for part in ("mllm", "vae", "diffusion"):
+        name, file = config.get(part, ""), "config.json"
+        if part == "diffusion":
+            file = "transformer/config.json"
+        needed.append((name, file, GIGABYTES.get(name, 0)))
     sizes = {name: size for name, file, size in needed if size and not cached(name, file)}
     if not sizes or constants.HF_HUB_OFFLINE:
         return
+
     cache = Path(constants.HF_HUB_CACHE).absolute()
     cache = next(path for path in (cache, *cache.parents) if path.exists())
     free, total = shutil.disk_usage(cache).free / 1e9, sum(sizes.values())
@@ -309,7 +321,7 @@ def announce(needed, family):
         reason = f"{total:.1f} GB to download, {free:.1f} GB free in {cache}"
         raise InputError(f"{reason}: free some, or set HF_HOME to another disk.")
     what = f"downloading {', '.join(sizes)}: {total:.1f} GB"
-    print(f"{what}. Licences: {LICENCES[family]}.", file=sys.stderr)
+    print(f"{what}. Licences: {LICENCES[config['family']]}.", file=sys.stderr)
 
 
 def fetch(repo, file=""):
@@ -341,14 +353,13 @@ def openuni(name, weights, config):
         weights = None
 
     config = {"family": "openuni", "mllm": mllm, "diffusion": diffusion, "vae": SANA_VAE} | config
-    needed = [(config[part], "config.json", GIGABYTES.get(config[part], 0))
-              for part in ("mllm", "vae")]  # fmt: skip
-    if is_pretrained:  # a fine-tuned file holds the transformer
-        size = GIGABYTES.get(config["diffusion"], 0)
-        needed.append((config["diffusion"], "transformer/config.json", size))
+    needed = dict(config)
+    if not is_pretrained:  # the file holds the transformer
+        needed.pop("diffusion")
     if weights is None:
-        needed.append((repo, file, sizes[is_pretrained]))
-    announce(needed, "openuni")
+        announce(needed, repo, file, sizes[is_pretrained])
+    else:
+        announce(needed)
 
     path = weights or fetch(repo, file)
     state = read_weights(path)
@@ -364,14 +375,14 @@ def unipic2(name, weights, config):
     if name not in UNIPIC2:
         weights = weights or name
     config = {"family": "unipic2", "mllm": QWEN} | config
-    needed = [(config["mllm"], "config.json", GIGABYTES.get(config["mllm"], 0))]
+    folder = weights
     if weights is None:
-        needed.append((UNIPIC2[name], "conditioner/config.json", 6.9))
-    announce(needed, "unipic2")
-
-    folder = str(weights or fetch(UNIPIC2[name]))
+        announce(config, UNIPIC2[name], "conditioner/config.json", 6.9)
+        folder = fetch(UNIPIC2[name])
+    else:
+        announce(config)
     state = read_weights(Path(folder, "conditioner"))
-    return shape_of(state, folder) | {"diffusion": folder} | config, state
+    return shape_of(state, folder) | {"diffusion": str(folder)} | config, state
 
 
 def load(
