@@ -24,14 +24,14 @@ from transformers import SiglipVisionConfig
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
 import metaquery
-from metaquery import SYSTEM_PROMPT, InputError, MetaQuery, MetaQueryConfig, PromptFormat
+from metaquery import InputError, MetaQuery, MetaQueryConfig, PromptFormat
 
 # hub id: (a file of it, GB to download; of Sana its transformer alone)
 INTERNVL, QWEN = "OpenGVLab/InternVL3-{}B-hf", "Qwen/Qwen2.5-VL-7B-Instruct"
 SANA, SANA15 = metaquery.SANA, "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers"
 SANA_VAE = "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers"  # not the one in Sana's folder
-GIGABYTES = {INTERNVL.format(1): 1.88, INTERNVL.format(2): 4.2, QWEN: 16.6, SANA_VAE: 1.25,
-             metaquery.SANA_600M: 2.4, SANA: 6.4, SANA15: 6.4}  # fmt: skip
+GIGABYTES = {INTERNVL.format(1): 1.88, INTERNVL.format(2): 4.2, QWEN: 16.6,
+             SANA_VAE: 1.25, metaquery.SANA_600M: 2.4, SANA: 6.4, SANA15: 6.4}  # fmt: skip
 # name: (MLLM, diffusion model, file, GB of the fine-tuned and the pre-trained file)
 SIZES = {
     "openuni-b-512": (INTERNVL.format(1), metaquery.SANA_600M,
@@ -44,8 +44,10 @@ SIZES = {
 UNIPIC2 = {"unipic2": "Skywork/UniPic2-Metaquery-9B",
            "unipic2-grpo": "Skywork/UniPic2-Metaquery-GRPO-9B"}  # fmt: skip
 FOLDERS = ("transformer", "vae", "conditioner", "scheduler")
-LICENCES = {"openuni": "OpenUni states none (code: non-commercial), Sana: NVIDIA's",
-            "unipic2": "UniPic2: MIT, SD3.5: Stability's community licence"}  # fmt: skip
+LICENCES = {
+    "openuni": "OpenUni states none (code: non-commercial), Sana: NVIDIA's",
+    "unipic2": "UniPic2: MIT, SD3.5: Stability's community licence",
+}
 # How they generate. Without guidance by images: the images are in both branches.
 DEFAULTS = {
     "openuni": {"num_inference_steps": 20, "guidance_scale": 4.5,
@@ -74,7 +76,7 @@ class Frame(PromptFormat):
     start = ""  # of the answer, before the queries
     side = 512  # where no size is given; the diffusion model's own
 
-    def __call__(self, prompts, images=None, system=SYSTEM_PROMPT, size=None):
+    def __call__(self, prompts, images=None, system=metaquery.SYSTEM_PROMPT, size=None):
         if system is None:  # a question for the MLLM itself
             return super().__call__(prompts, images, None)
         rows = metaquery.image_lists(prompts, images)
@@ -113,7 +115,7 @@ class OpenUniFrame(Frame):
         return f"Generate an image: {prompt.strip()}"
 
     def with_images(self, texts, images, pixels, options):
-        """An image is one tile, shrunk without antialiasing; the processor cuts several."""
+        """One tile, shrunk without antialiasing; the processor would cut several."""
         norm = self.processor.image_processor
         side = self.mllm_config.vision_config.image_size
         x = F.interpolate(pixels, side, mode="bilinear", antialias=False)
@@ -130,7 +132,7 @@ class UniPic2Frame(Frame):
     def with_images(self, texts, images, pixels, options):
         """The MLLM sees an image at 28/32 of its size; `sources` holds its pixels."""
         if len(images) < len(texts):
-            raise InputError("give an image with every prompt of a batch, or with none.")
+            raise InputError("give every prompt of a batch an image, or none.")
         height, width = pixels.shape[2:]
         area = (height * 28 // 32) * (width * 28 // 32)
         options["size"] = {"shortest_edge": area, "longest_edge": area}
@@ -140,7 +142,7 @@ class UniPic2Frame(Frame):
 
 # ---- The models ----------------------------------------------------------------------
 class PublicConnector(nn.Module):
-    """SigLIP's encoder layers without positions, and projections, named as in the files.
+    """SigLIP's encoder layers, no positions, and projections, named as in the files.
 
     UniPic2's has a projection before them, and a pooled condition beside the other."""
 
@@ -204,7 +206,7 @@ class UniPic2(OpenUni):
     sigma_of = MetaQuery.sigma_of
 
     def latent_size(self, height, width, images=()):
-        """A source's longer side becomes 512, the other a multiple of 32, unless given."""
+        """A source's longer side becomes 512, the other a multiple of 32."""
         sources = {metaquery.to_rgb(image).size for row in images for image in row}
         fitted = {
             tuple(32 * max(1, round(side * 512 / max(size) / 32)) for side in size)
@@ -282,7 +284,8 @@ def read_weights(path):
     except Exception as error:  # a corrupt file may raise any
         reason = (str(error).strip() or repr(error)).splitlines()[0][:120]
         fix = "download it again, or give another file"
-        raise InputError(f"cannot read {path}, tensors only ({reason}): {fix}.") from None
+        reason = f"cannot read {path}, tensors only ({reason})"
+        raise InputError(f"{reason}: {fix}.") from None
     return state
 
 
@@ -310,7 +313,8 @@ def announce(config, repo="", file="", size=0):
         if part == "diffusion":
             file = "transformer/config.json"
         needed.append((name, file, GIGABYTES.get(name, 0)))
-    sizes = {name: size for name, file, size in needed if size and not cached(name, file)}
+    missing = [x for x in needed if x[2] and not cached(x[0], x[1])]
+    sizes = {name: size for name, _, size in missing}
     if not sizes or constants.HF_HUB_OFFLINE:
         return
 
@@ -325,7 +329,7 @@ def announce(config, repo="", file="", size=0):
 
 
 def fetch(repo, file=""):
-    """A file of the hub, or the folders of UniPic2: its path here. Raises InputError."""
+    """The path here of a hub's file, or of UniPic2's folders. Raises InputError."""
     try:
         if file:
             return hf_hub_download(repo, file)
@@ -333,8 +337,8 @@ def fetch(repo, file=""):
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0][:160]
         files = file or f"the folders {', '.join(FOLDERS)}"
-        fix = f"go online, or get {files} from huggingface.co/{repo} and give their place"
-        fix += " as --checkpoint, and folders as --mllm, --diffusion and --vae"
+        fix = f"go online, or get {files} from huggingface.co/{repo} and give their "
+        fix += "place as --checkpoint, and folders as --mllm, --diffusion and --vae"
         raise InputError(f"cannot download {repo} ({reason}): {fix}.") from None
 
 
@@ -342,8 +346,10 @@ def openuni(name, weights, config):
     """(config, weights) by a public name, a local .pth, or OWNER/REPO/FILE.pth."""
     if name.endswith(".pth"):
         weights = weights or name
-    matches = [x for x in SIZES if x == name.removesuffix("-pretrained") or SIZES[x][2] in name]
-    mllm, diffusion, file, *sizes = SIZES[(matches or ["openuni-b-512"])[0]]
+    size = name.removesuffix("-pretrained")
+    if size not in SIZES:  # a file: its name tells
+        size = next((x for x in SIZES if SIZES[x][2] in name), "openuni-b-512")
+    mllm, diffusion, file, *gigabytes = SIZES[size]
     is_pretrained = name.endswith("-pretrained") or "text2image23m" in name
     repo, file = "wusize/openuni", file + "_blip3o60k.pth"
     if is_pretrained:
@@ -352,12 +358,13 @@ def openuni(name, weights, config):
         repo, file = str(weights).rsplit("/", 1)
         weights = None
 
-    config = {"family": "openuni", "mllm": mllm, "diffusion": diffusion, "vae": SANA_VAE} | config
+    parts = {"mllm": mllm, "diffusion": diffusion, "vae": SANA_VAE}
+    config = {"family": "openuni"} | parts | config
     needed = dict(config)
     if not is_pretrained:  # the file holds the transformer
         needed.pop("diffusion")
     if weights is None:
-        announce(needed, repo, file, sizes[is_pretrained])
+        announce(needed, repo, file, gigabytes[is_pretrained])
     else:
         announce(needed)
 
@@ -400,7 +407,7 @@ def load(
     name = str(name)
     parts = {"mllm": mllm, "diffusion": diffusion, "vae": vae}
     changes |= {part: str(place) for part, place in parts.items() if place}
-    new = changes | {"round_rotary": round_rotary, "picture_positions": picture_positions}
+    new = {"round_rotary": round_rotary, "picture_positions": picture_positions} | changes
     if name.removesuffix("-pretrained") in SIZES or name.endswith(".pth"):
         config, state = openuni(name, weights, new)
     elif name in UNIPIC2 or Path(name, "conditioner").is_dir():
@@ -412,7 +419,8 @@ def load(
         path = Path(folder, "config.json")
         if not path.is_file() or '"family"' not in path.read_text(encoding="utf-8"):
             return MetaQuery.from_pretrained(folder, dtype, trained_dtype, **changes)
-        config, state, settings = metaquery.read_checkpoint(folder, changes, PublicConfig)
+        saved = metaquery.read_checkpoint(folder, changes, PublicConfig)
+        config, state, settings = saved
         if config.weights and not any(key.startswith("diffusion.") for key in state):
             path = config.weights
             if not Path(path).exists() and path.count("/") == 2:
