@@ -5,7 +5,8 @@ r"""Train MetaQuery: every stage, in one process or with torchrun.
     torchrun --nproc-per-node=8 train.py --size xlarge --shard true \
       --gradient-checkpointing true --out runs/xlarge
 
-Every field of TrainConfig and of MetaQueryConfig is a flag. `--out` holds step-00001000/
+Every field of TrainConfig, below, and of MetaQueryConfig in metaquery.py is a flag, and the
+comment beside it says what it means. `--out` holds step-00001000/
 folders (weights and training state), log.jsonl and samples/step-*.png, and
 `sample.py --checkpoint OUT` works at any time. The same command resumes a run. What fits a
 GPU: python -m extras.sizes SIZE.
@@ -16,6 +17,7 @@ import cli
 if __name__ == "__main__":
     cli.catch_interrupts()  # also during the slow imports that follow
 
+import argparse
 import json
 import math
 import os
@@ -374,10 +376,15 @@ def train(config, changes):
 
 def parse_flags():
     """(TrainConfig, {field of MetaQueryConfig: value}) of the command line and RECIPES."""
-    parser = HfArgumentParser([TrainConfig, MetaQueryConfig], description=__doc__)
+    parser = HfArgumentParser(
+        [TrainConfig, MetaQueryConfig], description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     cli.set_up(parser)
     for action in parser._actions:
         action.required = False  # the size names the parts
+        if action.dest == "streaming":  # given alone it is true, as the other switches
+            action.nargs, action.const = "?", True
     parser.set_defaults(**{field.name: None for field in fields(MetaQueryConfig)})
     values = vars(parser.parse_args())
     config = TrainConfig(**{field.name: values[field.name] for field in fields(TrainConfig)})

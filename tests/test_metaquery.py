@@ -295,7 +295,8 @@ loss = model(["a red star"], torch.zeros(1, 3, 8, 8))
 loss.backward()
 assert model.queries.grad.abs().sum() > 0
 assert model.generate(["a red star"], num_inference_steps=2)[0].size == (8, 8)
-print(sorted(name for name in sys.modules if name.split(".")[0] in ("cli", "data", "toy", "training")))
+ours = ("cli", "data", "toy", "training")
+print(sorted(name for name in sys.modules if name.split(".")[0] in ours))
 """
 
 

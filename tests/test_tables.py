@@ -76,6 +76,7 @@ def test_tables_share_the_training_of_a_variant(tmp_path):
     assert len({variants.folder_of(variant, 0, args) for variant in same + others}) == 2
 
 
+@pytest.mark.slow
 def test_a_stopped_table_resumes_with_the_same_figures(tmp_path, monkeypatch, capsys):
     two = {
         "queries": Variant({"num_queries": 4}, ("reconstruct",)),

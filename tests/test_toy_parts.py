@@ -85,6 +85,7 @@ def test_accounts_tell_each_object_truly():
             assert fits, words
 
 
+@pytest.mark.slow
 def test_all_parts_are_made_in_order_and_make_a_model(tmp_path, monkeypatch, handlers_restored):
     """A step or two each; what they are saved as loads and generates, and is not made again."""
     parts = {name: part._replace(steps=2, batch_size=2) for name, part in toy_parts.PARTS.items()}

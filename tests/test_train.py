@@ -185,7 +185,7 @@ def test_recipes_are_what_runs():
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"steps": 0}, "--steps is 0: give at least 1"),
+        ({"steps": 0}, "--steps is 0: give 1 to"),
         ({"lr": "nan"}, "--lr is nan"),
         ({"stage": "edit"}, "--stage edit fine-tunes a model: give --checkpoint"),
         ({"shard_frozen": "true"}, "--shard-frozen needs --shard"),
