@@ -168,7 +168,7 @@ def openuni_condition(files, text, state=None, **images):
 
 
 def close(a, b):
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * b.detach().abs().max().item())
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * b.detach().abs().max().item())
 
 
 # ---- OpenUni -------------------------------------------------------------------------------------
