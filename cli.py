@@ -168,6 +168,7 @@ def check_writable(out, is_folder=None):
     path = Path(out)
     if is_folder is None:
         is_folder = not path.suffix
+
     try:
         if not str(out).strip():
             raise OSError("its name is empty")

@@ -916,6 +916,7 @@ def load_diffusion(config, dtype, without_weights=False):
         else:
             options = {"subfolder": part, "torch_dtype": trained_dtype}
             diffusion = load_weights(load, name, "--diffusion", **options)
+
     with loading(config.vae or name, "--vae"):
         options = {"torch_dtype": dtype}
         if not config.vae:
@@ -978,4 +979,5 @@ def read_checkpoint(folder, changes, config_class=MetaQueryConfig):
     except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
         reason = f"{folder} is corrupt or not a MetaQuery checkpoint ({error})"
         raise InputError(f"{reason}: give a folder that train.py saved.") from None
+
     return config, state, generation_config

@@ -136,6 +136,7 @@ class TrainConfig:
             raise InputError(f"--stage {self.stage} fine-tunes a model: give --checkpoint.")
         if self.shard_frozen and not self.shard:
             raise InputError("--shard-frozen needs --shard true: give both, or neither.")
+
         if self.shard and self.cache_prompts:  # ranks would compute different prompts, and hang
             raise InputError("--cache-prompts and --shard exclude each other: leave one out.")
         least = {"steps": 1, "batch_size": 1, "noises_per_sample": 1, "save_every": 1,
@@ -171,6 +172,9 @@ def build_model(config, changes, device, dtype):
     if config.checkpoint and model_class is MetaQuery:
         model = public_weights.load(config.checkpoint, dtype, **changes)
     elif config.checkpoint:  # public weights have model classes of their own
+        if not Path(config.checkpoint).exists() and "/" not in config.checkpoint:
+            fix = "leave out --cache-prompts and --cache-latents"
+            raise InputError(f"{config.checkpoint} takes no cache: {fix}.")
         model = model_class.from_pretrained(config.checkpoint, dtype, **changes)
     else:
         preset = MetaQueryConfig.preset(config.size, **changes)

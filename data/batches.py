@@ -187,6 +187,7 @@ class Reader(IterableDataset):
             ]
         else:
             self.open = self.sources
+
         try:
             for step in self.steps[worker::workers]:
                 self.report = Report()

@@ -64,6 +64,7 @@ def parse_data(spec):
     if os.path.exists(spec):
         return [(spec, None)]
     parts = []
+
     for part in spec.split(","):
         name, weight = part, None
         if "=" in part and not os.path.exists(part):
@@ -246,6 +247,7 @@ def parse_json(text):
 def read_table(path, columns):
     """The rows of a parquet, arrow, JSON, CSV or TSV file as dicts; all columns are keys."""
     suffix = path.lower().rpartition(".")[2]
+
     with opened(path) as file:
         if suffix == "parquet":
             table = pq.ParquetFile(file)
@@ -383,6 +385,7 @@ class Source:
                 if wait is None or not is_lost(error):
                     break
                 time.sleep(wait)
+
         reason = f"{UNREADABLE} after {read} rows ({reason_of(error)})"
         yield {
             "name": self.short(paths[0]),

@@ -27,6 +27,7 @@ def make_stable_diffusion(folder, side, prediction_type="epsilon"):
         up_block_types=("UpDecoderBlock2D",) * 2,
         latent_channels=4,
     )
+
     scheduler = diffusers.PNDMScheduler(
         beta_start=0.00085,
         beta_end=0.012,

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tarfile
 
 import pytest
 import torch
@@ -59,6 +60,26 @@ def test_resumed_run_equals_an_uninterrupted_one(parts, one, tmp_path):
     subprocess.run(["rm", "-r", str(tmp_path / "run" / "step-00000006")], check=True)
     succeed(tmp_path, argv)
     check_same(tmp_path / "run", one, exactly=True)
+
+
+@pytest.mark.parametrize("streaming", ["true", "false"])
+def test_a_run_on_a_dataset_resumes_bit_for_bit(parts, tmp_path, streaming):
+    """Tars of images and captions, read by two workers, on disk and streamed."""
+    (tmp_path / "data").mkdir()
+    for shard in range(3):
+        with tarfile.open(tmp_path / "data" / f"{shard}.tar", "w") as tar:
+            for i in range(4):
+                noise_image(40, 32, 4 * shard + i).save(tmp_path / "x.png")
+                (tmp_path / "x.txt").write_text(f"a star, number {4 * shard + i}")
+                for kind in ("png", "txt"):
+                    tar.add(tmp_path / f"x.{kind}", f"{i:03d}.{kind}")
+    options = {"data": tmp_path / "data", "streaming": streaming, "workers": 2, "save_every": 3}
+    succeed(tmp_path, flags(parts, tmp_path / "whole", **options))
+    argv = flags(parts, tmp_path / "run", **options)
+    succeed(tmp_path, argv)
+    subprocess.run(["rm", "-r", str(tmp_path / "run" / "step-00000006")], check=True)
+    succeed(tmp_path, argv)
+    check_same(tmp_path / "run", tmp_path / "whole", exactly=True)
 
 
 def test_learning_lowers_the_loss(parts, tmp_path):

@@ -181,6 +181,7 @@ def _read_object(pixels, part, background):
     # A pixel on the edge belongs to the object if it is nearer to its colours than to the ground.
     to_background = np.linalg.norm(pixels - background, axis=-1)
     mask = part & (distance[..., own_colours].min(-1) < to_background)
+
     if not mask.any():
         return None
     overlap, shape, x, y, size = _fit_outline(mask)
@@ -215,6 +216,7 @@ def read(picture):
     background = min(off, key=off.get)
     clear = off[background] < 40
     items = []
+
     for part in _components(np.linalg.norm(pixels - ground, axis=-1) > 60):
         if part.sum() < 20:
             break
@@ -327,6 +329,7 @@ def random_scene(rng, patterns=0.0, held_out=0.0, least=1):
     places = sorted(rng.sample(spots, rng.randint(least, len(spots))), key=spots.index)
     alike = rng.random() < 0.25
     items = []
+
     for _ in places:
         pair = random_pair(rng, held_out=rng.random() < held_out)
         item = Object(pair.shape, pair.color)

@@ -54,6 +54,7 @@ def question(rng, scene):
         (f"what {colour} is the background?", scene.background),
         (what, describe(scene)),
     ]
+
     if rng.random() < 0.5:
         color, shape = item.color, item.shape
     if (color, shape) not in world.HELD_OUT:

@@ -196,6 +196,7 @@ def free_wording(rng):
     phrase = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} {joint} {names[-1]}"
     plain_names = [counted(n, _name(p, coloured)) for p, n in zip(pairs, numbers, strict=True)]
     plain = " and ".join(filter(None, (", ".join(plain_names[:-1]), plain_names[-1])))
+
     if numbers == (1, 1) and rng.random() < 0.6:
         phrase, relation = _free_relation(rng, names)
         plain = f"{plain_names[0]} {relation} {plain_names[1]}"
@@ -237,6 +238,7 @@ def knowledge(rng, commonsense=False):
         thing = rng.choice(vocabulary.COLOR_FACTS[color])
     form = rng.choice(vocabulary.SHAPE_FACTS[shape])
     number = 1
+
     if told == "color":
         way = rng.choice(("{} the {} of {}", "{} in the {} of {}", "{} with the same {} as {}"))
         words = way.format(with_article(shape), colour, thing)
@@ -324,6 +326,7 @@ def subjects(rng, number):
     related = {"layout": LINES[SIDES[relation][0]], "places": SIDES[relation]}
     arrangement = {}  # arguments of place_objects: by default the layout of so many objects
     case = rng.randrange(5) if number == 1 else None
+
     if number == 3:
         words = rng.choice(("all three objects together", "the three objects in one picture"))
     elif number == 2:
@@ -365,6 +368,7 @@ def association(rng):
         fewer = ("one fewer of these", "one less", "take one away")
         return _draw_as_it_is(rng.choice(more if case == "more" else fewer), target, [source])
     grid = [Pair(c, s) for c in (first.color, second.color) for s in (first.shape, second.shape)]
+
     if case == "missing":
         if len(set(grid)) < 4 or set(grid) & world.HELD_OUT:
             return association(rng)  # there is no such puzzle with these pairs
