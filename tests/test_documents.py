@@ -11,9 +11,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import datasets
 import pytest
-from conftest import noise_picture
+from conftest import noise_image
 from PIL import Image
 
+from extras.curation import download
 from extras.curation.__main__ import parse_flags
 from extras.curation.documents import MAX_CAPTION, duplicates, open_blocks, read_documents
 from extras.curation.download import Downloader, Dropped, is_public
@@ -55,7 +56,7 @@ def captions(documents):
 
 def write_pictures(folder, *names):
     for i, name in enumerate(names):
-        noise_picture(260, 256 + i, seed=i).save(folder / name)
+        noise_image(260, 256 + i, seed=i).save(folder / name)
 
 
 # ---- Documents -----------------------------------------------------------------------------------
@@ -189,17 +190,17 @@ def test_nothing_to_read_is_one_line(tmp_path):
 
 def test_unusable_pictures_are_dropped_by_cause(tmp_path):
     """Small, broken, huge, long, or no picture at all; what a file is tells, not its name."""
-    good = noise_picture(300, 256)
+    good = noise_image(300, 256)
     files = {
         "good.jpg": as_bytes(good),  # a PNG that says it is a JPEG
-        "grey.png": as_bytes(noise_picture(1500, 900, 1).convert("L"), "JPEG"),
-        "small.png": as_bytes(noise_picture(255, 300)),
+        "grey.png": as_bytes(noise_image(1500, 900, 1).convert("L"), "JPEG"),
+        "small.png": as_bytes(noise_image(255, 300)),
         "page.jpg": b"<html>not found</html>",
-        "cut.png": as_bytes(noise_picture(300, 300, 2))[:5000],
+        "cut.png": as_bytes(noise_image(300, 300, 2))[:5000],
         "empty.png": b"",
         "100 megapixels.png": as_bytes(Image.new("1", (10_000, 10_000))),
         "400 megapixels.png": as_bytes(Image.new("1", (20_000, 20_000))),
-        "long.png": as_bytes(noise_picture(256, 1100)),
+        "long.png": as_bytes(noise_image(256, 1100)),
         "script.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 300 300\n",
         "heavy.png": bytes(2_000_000),
     }
@@ -221,16 +222,16 @@ def test_unusable_pictures_are_dropped_by_cause(tmp_path):
 
 
 def test_near_duplicates_are_found_and_others_are_not():
-    picture = noise_picture(40, 40).resize((400, 400), Image.Resampling.BICUBIC)
+    picture = noise_image(40, 40).resize((400, 400), Image.Resampling.BICUBIC)
     again = Image.open(io.BytesIO(as_bytes(picture, "JPEG", quality=60)))
     smaller = picture.resize((300, 310))
-    other = noise_picture(40, 40, seed=1).resize((400, 400), Image.Resampling.BICUBIC)
+    other = noise_image(40, 40, seed=1).resize((400, 400), Image.Resampling.BICUBIC)
     assert duplicates([picture, other, again, smaller]) == {2, 3}
 
 
 # ---- Downloads -----------------------------------------------------------------------------------
 
-PICTURE = as_bytes(noise_picture(300, 256))
+PICTURE = as_bytes(noise_image(300, 256))
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -319,7 +320,7 @@ def cause(url, **options):
 
 
 def test_pictures_are_downloaded(server, monkeypatch):
-    monkeypatch.setattr(data.download, "BACKOFF", 0.01)
+    monkeypatch.setattr(download, "BACKOFF", 0.01)
     assert downloader().get(f"{server}/good.png") == PICTURE
     assert downloader().get(f"{server}/there") == PICTURE
     assert paths()[-1] == "/good?a=b%20c"
@@ -360,7 +361,7 @@ def test_private_addresses_are_never_asked(server, monkeypatch):
     """Neither at once, nor by another name, nor after a redirect."""
     for url in (server, server.replace("127.0.0.1", "localhost"), server.replace("127.0.0.1", "0")):
         assert cause(url + "/good", allow_private=False) == "private address"
-    monkeypatch.setattr(data.download, "is_public", lambda address: address == "127.0.0.1")
+    monkeypatch.setattr(download, "is_public", lambda address: address == "127.0.0.1")
     assert cause(server + "/inside", allow_private=False) == "private address"
     assert paths() == ["/inside"]
 

@@ -28,7 +28,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cli import begin, check_bounds, device_of, errors_in_one_line, stop, writable
+from cli import (
+    DTYPES,
+    check_writable,
+    choose_dtype,
+    device_of,
+    errors_in_one_line,
+    fail,
+    set_up,
+)
 
 STAGES = ("read", "captions", "groups", "pictures", "targets", "instructions", "save")
 BOUNDS = {
@@ -53,12 +61,12 @@ SHEET_SIDE = 160  # pixels of its pictures' long sides
 def parse_flags(argv=None):
     """The command's flags; stops with one line if they are wrong."""
     parser = argparse.ArgumentParser(
-        prog="data.curate",
+        prog="extras.curation",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    begin(parser)
+    set_up(parser)
     add = parser.add_argument
     add("--data", required=True, help="mmc4 shards, or a dataset: see above")
     add("--out", required=True, metavar="DIR", help="the folder of the instruction data")
@@ -82,13 +90,16 @@ def parse_flags(argv=None):
     add("--pause", type=float, default=0.1, help="seconds between two requests to a host (0.1)")
     private = "also download from private and loopback addresses: a server of your own"
     add("--allow-private-addresses", action="store_true", help=private)
-    add("--device", help="cpu, cuda, ... (cuda if there is one)")
-    add("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
+    add("--device", default="", help="cpu, cuda, ... (cuda if there is one)")
+    add("--dtype", default="", choices=DTYPES, help="of the arithmetic (what is fast here)")
     args = parser.parse_args(argv)
-    check_bounds(vars(args), BOUNDS)
-    out = writable(args.out, is_folder=True)
+    for name, (least, most) in BOUNDS.items():
+        value = getattr(args, name)
+        if not least <= value <= most:
+            fail(f"--{name.replace('_', '-')} is {value}: give {least:g} to {most:g}.")
+    out = check_writable(args.out, is_folder=True)
     if out.exists() and any(out.iterdir()) and not (out / "curate.json").exists():
-        stop(f"--out {out} holds files that no run of this command wrote: name another --out.")
+        fail(f"--out {out} holds files that no run of this command wrote: name another --out.")
     return args
 
 
@@ -356,7 +367,6 @@ def contact_sheet(rows):
 def main():
     args = parse_flags()
     with errors_in_one_line():
-        import torch
         from transformers.utils.logging import disable_progress_bar
 
         from extras.curation.instructions import InstructionWriter, Siglip
@@ -364,7 +374,8 @@ def main():
         disable_progress_bar()
         blocks, encoder, writer = open_run(args), None, None
         if to_do(blocks, args):
-            device, dtype = device_of(args.device), getattr(torch, args.dtype)
+            device = device_of(args.device)
+            dtype, _ = choose_dtype(device, args.dtype)
             encoder = Siglip(args.siglip, device, args.batch_size)
             writer = InstructionWriter(args.mllm, device, dtype, args.mllm_batch_size)
         curate(blocks, args, encoder, writer)

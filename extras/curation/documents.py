@@ -18,10 +18,10 @@ from typing import NamedTuple
 from urllib.parse import quote
 
 import numpy as np
+from datasets import load_dataset
 from PIL import Image
 from tqdm import tqdm
 
-from data.sources import open_dataset
 from extras.curation.download import Downloader, Dropped
 from metaquery import InputError, to_rgb
 
@@ -115,7 +115,7 @@ def open_blocks(data, size, columns):
         pairs = sorted(zip(names, shards, strict=True))
         blocks = [block for name, shard in pairs for block in shard_blocks(shard, name, size)]
     else:
-        dataset = select_columns(open_dataset(data, streaming=False), data, columns)
+        dataset = select_columns(open_dataset(data), data, columns)
         starts = range(0, len(dataset), size)
         rows = [min(size, len(dataset) - start) for start in starts]
         parts = enumerate(zip(starts, rows, strict=True))
@@ -123,6 +123,22 @@ def open_blocks(data, size, columns):
     if not blocks:
         raise InputError(f"--data {data} holds no documents: check it, or name another.")
     return blocks
+
+
+def open_dataset(name):
+    """A dataset by hub id, parquet file, or folder of parquet files. Raises InputError."""
+    path = Path(name)
+    files = [str(file) for file in sorted(path.rglob("*.parquet"))]
+    if path.is_file():
+        files = [name]
+    try:
+        if not path.exists():
+            return load_dataset(name, split="train")
+        return load_dataset("parquet", data_files=files, split="train")
+    except Exception as error:  # each layout raises its own
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        fix = "name mmc4 shards, parquet files or a hub id"
+        raise InputError(f"cannot read --data {name} ({reason}): {fix}.") from None
 
 
 def select_columns(dataset, name, columns):

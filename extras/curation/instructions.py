@@ -14,13 +14,13 @@ import transformers
 from tqdm import tqdm
 
 from metaquery import (
-    MAX_PICTURES,
+    MAX_IMAGES,
     MAX_PROMPT_TOKENS,
     InputError,
     MetaQueryConfig,
+    PromptFormat,
     load_mllm,
     loading,
-    prepare_inputs,
     to_device,
 )
 
@@ -101,7 +101,7 @@ def similarities(features):
 
 
 def group(features, threshold):
-    """Groups of 2 to MAX_PICTURES rows, every two of a group at least `threshold` similar.
+    """Groups of 2 to MAX_IMAGES rows, every two of a group at least `threshold` similar.
 
     features (n, d) of norm 1. Returns lists of indices, in order; rows in no group are left out.
     Complete linkage: the two groups whose least similar members are most similar become one, as
@@ -120,7 +120,7 @@ def group(features, threshold):
     groups = []
     for found in members:
         if len(found) > 1:
-            parts = -(-len(found) // MAX_PICTURES)
+            parts = -(-len(found) // MAX_IMAGES)
             groups += [part.tolist() for part in np.array_split(sorted(found), parts)]
     return groups
 
@@ -197,6 +197,7 @@ class InstructionWriter:
         self.mllm, self.processor = load_mllm(MetaQueryConfig.preset("large", mllm=name), dtype)
         self.mllm.to(device)
         self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        self.format = PromptFormat(self.processor, self.mllm.config)
         self.batch_size = batch_size
 
     def question(self, pair):
@@ -217,7 +218,7 @@ class InstructionWriter:
     @torch.no_grad()
     def write(self, pairs):
         """The answer to each `ImagePair`, a string, for `read_answer`."""
-        takes_images = hasattr(self.mllm.config, "vision_config")
+        takes_images = self.format.takes_images
         order = sorted(range(len(pairs)), key=lambda i: len(pairs[i].source_images))
         answers = [""] * len(pairs)
         bar = tqdm(total=len(pairs), desc="instructions", leave=False, disable=None)
@@ -226,7 +227,7 @@ class InstructionWriter:
             texts = [self.question(pairs[i]) for i in some]
             images = [[*pairs[i].source_images, pairs[i].target_image] for i in some]
             images = images if takes_images else None
-            inputs = prepare_inputs(self.processor, self.mllm.config, texts, images, SYSTEM)
+            inputs = self.format(texts, images, SYSTEM)
             inputs = to_device(inputs, self.mllm.device)
             options = {"max_new_tokens": ANSWER_TOKENS, "do_sample": False}
             tokens = self.mllm.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]

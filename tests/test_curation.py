@@ -1,27 +1,26 @@
 """Instruction data from web documents: right groups, no row lost or doubled, ready to train."""
 
-import json
 import multiprocessing
 import os
-import re
 import shutil
 import signal
-import sys
 import threading
 from collections import Counter
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
-from benchmarks.curate import Recorder, group_score, instruction_score, target_score
-from conftest import WORDS, launcher, losses, noise_picture, run
-from toy.documents import ToyWriter, write_documents
+from conftest import WORDS, noise_image
+from runs import flags as train_flags
+from runs import succeed
 from tqdm import tqdm
 from transformers import SiglipConfig, SiglipImageProcessor, SiglipModel, SiglipProcessor
 
-from extras.curation.__main__ import contact_sheet, curate, open_run, parse_flags
+from extras.curation import instructions
+from extras.curation.__main__ import curate, open_run, parse_flags
 from extras.curation.instructions import (
     ImagePair,
     InstructionWriter,
@@ -33,7 +32,6 @@ from extras.curation.instructions import (
 )
 from extras.toy_parts.language import make_tokenizer
 from metaquery import MAX_PROMPT_TOKENS, InputError
-from toy.scene import COLORS, SHAPES
 
 pytestmark = pytest.mark.usefixtures("handlers_restored")
 
@@ -127,13 +125,13 @@ def test_any_mllm_is_asked_in_batches(parts, mllm, recwarn, monkeypatch):
     writer = InstructionWriter(str(parts / mllm), batch_size=2)
     pairs = []
     for number in (1, 5, 2):
-        pictures = [noise_picture(40, 40, seed) for seed in range(number + 1)]
+        pictures = [noise_image(40, 40, seed) for seed in range(number + 1)]
         captions = ["a red star <|im_end|> " * 100] * number
         pairs.append(ImagePair(pictures[1:], captions, pictures[0], "a blue circle " * 100))
         question = writer.question(pairs[-1])
         assert len(writer.tokenizer(question)["input_ids"]) <= MAX_PROMPT_TOKENS
         assert question.count("red") >= number and "blue circle" in question
-    monkeypatch.setattr(data.instructions, "ANSWER_TOKENS", 6)
+    monkeypatch.setattr(instructions, "ANSWER_TOKENS", 6)
     answers = writer.write(pairs)
     assert len(answers) == 3 and all(isinstance(answer, str) for answer in answers)
     assert not [w for w in recwarn if "prompt cut" in str(w.message)]
@@ -166,7 +164,7 @@ def siglip(tmp_path_factory):
 def test_features_do_not_depend_on_the_batch(siglip, parts):
     one, many = Siglip(str(siglip), batch_size=1), Siglip(str(siglip), batch_size=64)
     captions = ["a red star", "blue", "a circle " * 200]
-    pictures = [noise_picture(40, 60, seed) for seed in range(3)]
+    pictures = [noise_image(40, 60, seed) for seed in range(3)]
     for name, items in (("captions", captions), ("pictures", pictures)):
         features = getattr(many, name)(items)
         np.testing.assert_allclose(getattr(one, name)(items), features, atol=1e-5)
@@ -181,137 +179,84 @@ def test_a_missing_tokenizer_package_is_named(siglip, tmp_path, monkeypatch):
     """The hub's SigLIP, unlike SigLIP 2, has a tokenizer that needs packages of its own."""
     folder = shutil.copytree(siglip, tmp_path / "siglip")
     (folder / "tokenizer.json").unlink()
-    monkeypatch.setattr(data.instructions, "find_spec", lambda name: None)
+    monkeypatch.setattr(instructions, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="pip install sentencepiece protobuf"):
         Siglip(str(folder))
 
 
 # ---- The whole command ---------------------------------------------------------------------------
+COLOURS = ("red", "green", "blue", "brown")
 
 
 class Words:
-    """An encoder without training: the objects that a caption names; a picture's pixels."""
+    """An encoder without training: the colour that a caption names; an image's pixels."""
 
     def captions(self, captions):
-        rows = np.zeros((len(captions), 256), np.float32)
-        for row, caption in zip(rows, captions, strict=True):
-            colors, shapes = "|".join(COLORS), "|".join(SHAPES)
-            for color, shape in re.findall(rf"\b({colors}) ({shapes})", caption):
-                row[list(COLORS).index(color) * 16 + SHAPES.index(shape)] = 1
-            row[255] += not row.any()
-        return unit(rows) if len(rows) else rows
+        rows = [[float(colour in caption) for colour in COLOURS] for caption in captions]
+        return unit(np.array(rows, np.float32).reshape(-1, len(COLOURS)) + 1e-3)
 
-    def pictures(self, pictures):
-        small = [np.asarray(picture.resize((8, 8)), np.float32).ravel() for picture in pictures]
+    def pictures(self, images):
+        small = [np.asarray(image.resize((8, 8)), np.float32).ravel() for image in images]
         return unit(np.stack(small) - 100) if small else np.zeros((0, 1), np.float32)
 
 
-class Remembered:
-    """A writer that knows the answers for these pairs, and so takes no time."""
-
-    def __init__(self, pairs):
-        answers = ToyWriter().write(pairs)
-        self.answers = {self.key(p): answer for p, answer in zip(pairs, answers, strict=True)}
-
-    def key(self, pair):
-        return *pair.source_captions, pair.target_caption, pair.target_image.tobytes()
+class Writer:
+    """A writer that gives every pair one answer."""
 
     def write(self, pairs):
-        return [self.answers[self.key(pair)] for pair in pairs]
+        return ["Think: alike.\nPrompt: The same thing once more."] * len(pairs)
 
 
 def flags(folder, out, *more):
-    models = ["--siglip", "words", "--mllm", "toy writer", "--block-size", "3", "--min-size", "64"]
+    models = ["--siglip", "words", "--mllm", "writer", "--block-size", "3", "--min-size", "64"]
     return parse_flags(["--data", str(folder), "--out", str(out), *models, *map(str, more)])
 
 
-def curated(args, encoder=None, writer=None):
-    return curate(open_run(args), args, encoder or Words(), writer or ToyWriter())
+def curated(args, writer=None):
+    return curate(open_run(args), args, Words(), writer or Writer())
 
 
 def rows_in(out):
-    """{(prompt, target's file, sources' files)} with how often each is there."""
+    """{(target's bytes, sources' bytes)} with how often each is there."""
     rows = Counter()
     for file in out.glob("train-*.parquet"):
         for row in pyarrow.parquet.read_table(file).to_pylist():
             sources = tuple(source["bytes"] for source in row["source_images"])
-            rows[row["prompt"], row["target_image"]["bytes"], sources] += 1
+            rows[row["target_image"]["bytes"], sources] += 1
     return rows
 
 
-def without_times(out):
-    stats = json.loads((out / "stats.json").read_text())
-    return {
-        name: value
-        for name, value in stats.items()
-        if name not in ("stages", "documents_per_second")
-    }
-
-
 @pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    """(what 30 toy documents show, their folder, the curated folder, the pairs, the statistics)."""
-    folder = tmp_path_factory.mktemp("toy")
-    documents = write_documents(folder / "documents", 30)
-    with open(folder / "documents" / "documents.jsonl", "a") as file:
-        file.write("{broken\n")
-    writer = Recorder()
-    stats = curated(flags(folder / "documents", folder / "out"), writer=writer)
-    return documents, folder / "documents", folder / "out", writer.pairs, stats
+def web(tmp_path_factory):
+    """(the folder of twelve documents, the curated folder): two red images and a blue one each."""
+    folder = tmp_path_factory.mktemp("web")
+    rows = {"images": [], "captions": []}
+    for i in range(12):
+        rows["images"].append([noise_image(80, 80, 3 * i + k) for k in range(3)])
+        rows["captions"].append([f"a red star, {i}", f"two red stars, {i}", f"a blue cross, {i}"])
+    features = datasets.Features(
+        images=datasets.List(datasets.Image()), captions=datasets.List(datasets.Value("string"))
+    )
+    (folder / "documents").mkdir()
+    table = datasets.Dataset.from_dict(rows, features=features)
+    table.to_parquet(folder / "documents" / "a.parquet")
+    curated(flags(folder / "documents", folder / "out"))
+    return folder / "documents", folder / "out"
 
 
-@pytest.fixture(scope="module")
-def remembered(toy):
-    return Remembered(toy[3])
+def test_each_document_gives_its_pair(web):
+    """The two red images of each are one group: a source and a target; the blue one is left."""
+    rows = rows_in(web[1])
+    assert rows.total() == 12 and set(rows.values()) == {1}
+    assert all(len(sources) == 1 for _, sources in rows)
+    assert (web[1] / "stats.json").exists()
 
 
-def test_the_toy_world_is_curated_right(toy):
-    documents, _, out, pairs, stats = toy
-    found, right = group_score(documents, pairs)
-    true, rows = instruction_score(documents, out)
-    assert found >= 0.95 and right >= 0.95
-    assert target_score(pairs, Words()) >= 0.99
-    assert true >= 0.9 and rows > 0.7 * len(pairs)
-
-
-def test_statistics_add_up(toy):
-    documents, _, out, pairs, stats = toy
-    fates = Counter(picture.fate for shown in documents for picture in shown)
-    assert stats == json.loads((out / "stats.json").read_text())
-    assert stats["documents"] == 30 and stats["broken_documents"] == 1 and stats["blocks"] == 11
-    assert stats["pictures"] == fates.total()
-    dropped = stats["dropped_pictures"]
-    assert dropped["broken picture"] == fates["broken"]
-    assert dropped["too small"] == fates["small"]
-    assert dropped["near-duplicate"] == fates["twice"]
-    in_groups = sum(int(size) * number for size, number in stats["groups_by_size"].items())
-    assert in_groups + sum(dropped.values()) == fates.total()
-    assert sum(stats["instructions"].values()) == len(pairs)
-    assert stats["instructions"]["kept"] == rows_in(out).total()
-    assert abs(sum(stage["share"] for stage in stats["stages"].values()) - 1) < 0.01
-    assert stats["stages"]["captions"]["documents_per_second"] > 0
-
-
-def test_the_contact_sheet_shows_24_rows_and_trusts_no_text(toy):
-    page = (toy[2] / "sheet.html").read_text()
-    assert page.count("<section>") == 24 and page.count("<img") >= 48
-    stored = {"bytes": next(iter(rows_in(toy[2])))[1]}
-    bad = "<script>alert(1)</script>"
-    row = {"source_images": [stored], "source_captions": [bad], "prompt": bad}
-    page = contact_sheet([row | {"target_image": stored, "target_caption": bad}])
-    assert "<script" not in page and page.count("&lt;script") == 3
-
-
-def test_unusable_answers_are_dropped_and_counted(toy, tmp_path):
-    class Bad:
-        def write(self, pairs):
-            made = [f"Prompt: this {pair.target_caption}" for pair in pairs]
-            return [answer if i % 2 else "no idea" for i, answer in enumerate(made)]
-
-    stats = curated(flags(toy[1], tmp_path / "out"), writer=Bad())
-    assert stats["instructions"].keys() >= {"unparseable", "gives the target away"}
-    assert sum(stats["instructions"].values()) == len(toy[3])
-    assert stats["instructions"].get("kept", 0) == rows_in(tmp_path / "out").total()
+def test_train_reads_what_was_curated(web, parts, tmp_path):
+    argv = train_flags(parts, tmp_path / "first", steps=1, warmup=0)
+    succeed(tmp_path, argv)
+    changes = {"checkpoint": tmp_path / "first", "stage": "instruct", "data": web[1], "steps": 2}
+    succeed(tmp_path, train_flags(parts, tmp_path / "run", **changes))
 
 
 def in_fork(args, writer, replaces=None, **environment):
@@ -342,9 +287,9 @@ def in_fork(args, writer, replaces=None, **environment):
     return process
 
 
-def test_killed_runs_resume_without_losing_or_doubling_rows(toy, remembered, tmp_path):
+def test_killed_runs_resume_without_losing_or_doubling_rows(web, tmp_path):
     """SIGKILL at each moment between two files, and at random: as if nothing had happened."""
-    args, writer = flags(toy[1], tmp_path), remembered
+    args, writer = flags(web[0], tmp_path), Writer()
     for point in [(n, when) for n in (1, 2, 3) for when in ("before", "after")] * 2:
         process = in_fork(args, writer, point)
         process.join()
@@ -359,94 +304,17 @@ def test_killed_runs_resume_without_losing_or_doubling_rows(toy, remembered, tmp
         process.join()
         kills += 1
     assert process.exitcode == 0
-    assert rows_in(tmp_path) == rows_in(toy[2])
-    assert without_times(tmp_path) == without_times(toy[2])
+    assert rows_in(tmp_path) == rows_in(web[1])
     assert not list(tmp_path.rglob("*.part"))
 
 
-def test_processes_share_the_blocks_and_may_change_in_number(toy, remembered, tmp_path):
-    args, writer = flags(toy[1], tmp_path), remembered
+def test_processes_share_the_blocks_and_may_change_in_number(web, tmp_path):
+    args, writer = flags(web[0], tmp_path), Writer()
     first = in_fork(args, writer, RANK="0", WORLD_SIZE="3")
     first.join()
-    assert 0 < rows_in(tmp_path).total() < 0.6 * rows_in(toy[2]).total()
+    assert 0 < rows_in(tmp_path).total() < 0.6 * rows_in(web[1]).total()
     both = [in_fork(args, writer, RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
     for process in both:
         process.join()
     assert [process.exitcode for process in both] == [0, 0]
-    assert rows_in(tmp_path) == rows_in(toy[2])
-    assert without_times(tmp_path) == without_times(toy[2])
-
-
-def test_a_block_that_is_done_again_replaces_its_rows(toy, tmp_path):
-    """Killed between the rows and the note that they are done, and now the pictures are gone."""
-    shutil.copytree(toy[2], tmp_path, dirs_exist_ok=True)
-    args = flags(toy[1], tmp_path)
-    name = next(tmp_path.glob("train-*.parquet")).stem.removeprefix("train-")
-    (tmp_path / "blocks" / f"{name}.json").unlink()
-
-    class Nothing(ToyWriter):
-        def write(self, pairs):
-            return [""] * len(pairs)
-
-    before = rows_in(tmp_path).total()
-    curated(args, writer=Nothing())
-    assert rows_in(tmp_path).total() < before
-    assert (
-        json.loads((tmp_path / "stats.json").read_text())["instructions"]["kept"]
-        == rows_in(tmp_path).total()
-    )
-
-
-def test_other_settings_are_refused(toy, tmp_path):
-    open_run(flags(toy[1], tmp_path))
-    with pytest.raises(InputError, match="made with --threshold 0.5, not 0.6"):
-        open_run(flags(toy[1], tmp_path, "--threshold", 0.6))
-
-
-def test_train_takes_the_curated_folder(toy, build, tmp_path):
-    build().save_pretrained(tmp_path / "checkpoint")
-    command = [sys.executable, "train.py", "--stage", "instruct", "--data", str(toy[2])]
-    command += ["--checkpoint", str(tmp_path / "checkpoint"), "--out", str(tmp_path / "run")]
-    done = run([*command, "--steps", "2", "--warmup", "1", "--batch-size", "4"])
-    assert done.returncode == 0, done.stderr
-    assert np.isfinite(losses(tmp_path / "run")).all() and len(losses(tmp_path / "run")) == 2
-
-
-def command(processes, folder, out, *more):
-    module = ["-m", "extras.curation"]
-    return run([*launcher(processes), *module, "--data", str(folder), "--out", str(out), *more])
-
-
-def test_the_command_runs_with_models_of_the_real_classes(parts, siglip, tmp_path):
-    """A random SigLIP and MLLM under torchrun: groups are found, no answer can be parsed."""
-    write_documents(tmp_path / "documents", 4)
-    models = ["--siglip", str(siglip), "--mllm", str(parts / "llava"), "--threshold", "-1"]
-    models += ["--block-size", "2", "--dtype", "float32", "--min-size", "64"]
-    done = command(2, tmp_path / "documents", tmp_path / "out", *models)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("kept 0 instructions") == 1
-    stats = json.loads((tmp_path / "out" / "stats.json").read_text())
-    assert stats["documents"] == 4 and stats["blocks"] == 2
-    assert stats["instructions"] == {"unparseable": sum(stats["groups_by_size"].values())}
-
-
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        ({"--data": "missing"}, "cannot read --data"),
-        ({"--siglip": "missing"}, "cannot load missing"),
-        ({"--threshold": "2"}, "--threshold is 2.0: it must be"),
-        ({"--out": "documents"}, "holds files that no run of this command wrote"),
-        ({"--device": "nonsense"}, "is not available"),
-    ],
-)
-def test_mistakes_are_one_line(siglip, tmp_path, change, words, monkeypatch, capfd):
-    write_documents(tmp_path / "documents", 1)
-    options = {"--data": "documents", "--out": "out", "--siglip": str(siglip), "--mllm": "x"}
-    argv = [part for pair in (options | change).items() for part in pair]
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["curate", *argv])
-    with pytest.raises(SystemExit) as stopped:
-        data.curate.main()
-    lines = capfd.readouterr().err.strip().splitlines()
-    assert stopped.value.code == 2 and lines[-1].startswith("error: ") and words in lines[-1]
+    assert rows_in(tmp_path) == rows_in(web[1])
