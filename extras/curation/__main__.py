@@ -1,7 +1,7 @@
 """Make instruction data from web documents of pictures and captions (paper §4 and Appendix A).
 
     python -m extras.curation --data mmc4/ --out curated/
-    torchrun --nproc-per-node=8 -m data.curate --data mmc4/ --out curated/
+    torchrun --nproc-per-node=8 -m extras.curation --data mmc4/ --out curated/
     python train.py --stage instruct --data curated/ --checkpoint DIR --out DIR
 
 --data is an mmc4 shard (.jsonl, .jsonl.zip, .jsonl.gz), a folder of them, or a dataset (hub id,
