@@ -161,7 +161,11 @@ def test_every_prompt_is_generated_where_its_scorer_looks(build, tmp_path, monke
     for path in (tmp_path / "alone").rglob("*.[pj][np]g"):
         shared = Image.open(tmp_path / "out" / path.relative_to(tmp_path / "alone"))
         off = np.asarray(shared, int) - np.asarray(Image.open(path), int)
-        assert abs(off).max() <= 2, "one process generates what two do"
+        # Batches of other sizes round otherwise, by a level; JPEG's chroma makes it several.
+        most = 2
+        if path.suffix == ".jpg":
+            most = 16
+        assert abs(off).max() <= most, "one process generates what two do"
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
