@@ -433,7 +433,9 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
 
         d = mllm.config.get_text_config().hidden_size
         self.queries = nn.Parameter(torch.randn(config.num_queries, d) * 0.02)  # (N, d)
-        self.connector = connector or self.new_connector(d)
+        if connector is None:
+            connector = self.new_connector(d)
+        self.connector = connector
 
         self.queries.requires_grad_(config.condition_on == "queries")
         mllm.requires_grad_(config.train_mllm)

@@ -73,7 +73,7 @@ class PublicConfig(MetaQueryConfig):
 class Frame(PromptFormat):
     """The frame of both families; `size` is the image's (height, width) in pixels."""
 
-    start = ""  # of the answer, before the queries
+    start = ""  # text that begins the answer, before the queries
     side = 512  # where no size is given; the diffusion model's own
 
     def __call__(self, prompts, images=None, system=metaquery.SYSTEM_PROMPT, size=None):

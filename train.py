@@ -112,14 +112,14 @@ class TrainConfig:
     warmup: int | None = None  # linear warm-up steps
     weight_decay: float | None = None  # of matrices, not of biases, norms or queries
     max_grad_norm: float | None = None  # gradients are scaled down to this norm
-    seed: int = 0  # of the new weights, the data's order and the noise
+    seed: int = 0  # seed for new weights, data order and noise
 
     save_every: int = 1000  # steps between checkpoints
     keep: int = 2  # checkpoints that are kept
     sample_every: int = 500  # steps between images in samples/
     sample_prompts: str = ""  # a text file, one prompt a line, for samples/
 
-    dtype: Literal["", "bfloat16", "float32"] = ""  # of the arithmetic; "": what is fast here
+    dtype: Literal["", "bfloat16", "float32"] = ""  # "" picks the fastest for this machine
     device: str = ""  # cpu, cuda, ...; "": the best there is
     shard: bool = False  # split weights, gradients and optimizer over the processes (FSDP2)
     shard_frozen: bool = False  # with --shard: split the frozen language model too

@@ -71,18 +71,6 @@ def losses(out):
     return [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-def cli(*flags):
-    """Run sample.py with these flags; returns the finished process."""
-    return run([sys.executable, "sample.py", *map(str, flags)], OMP_NUM_THREADS="2")
-
-
-def check_refused(done, words):
-    """Assert that a command stopped with exit code 2 and a last line "error: ... words ..."."""
-    lines = done.stderr.strip().splitlines()
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr and words in lines[-1] and lines[-1].startswith("error: ")
-
-
 # ---- Pictures and models -------------------------------------------------------------------------
 
 

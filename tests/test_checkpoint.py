@@ -77,7 +77,7 @@ def test_kills_at_any_time_lose_nothing(parts, whole, tmp_path):
             time.sleep(rng.random() * 0.2)
             running.processes[0].kill()
         codes, texts = running.end()
-        if codes == [0]:  # it had come to its end: the soak goes on with a new run
+        if codes == [0]:  # complete: the soak continues with a new run
             check_same(out, whole, exactly=True)
             shutil.rmtree(out)
             ends += 1

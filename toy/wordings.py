@@ -90,13 +90,6 @@ AROUND = words_in(" ".join((*OPENINGS, *VERBS, *PICTURES, *ENDINGS, *OTHER_WAYS)
 AROUND = sorted(AROUND - words_in(" ".join((*JOINTS, *ONLY, *AMOUNTS[1], "not"))))
 
 
-def trained_words():
-    """All that requests to train on are made of, as one text without typing slips."""
-    lists = (OPENINGS, VERBS, PICTURES, ENDINGS, OTHER_WAYS, DESCRIBING, JOINTS, GROUNDS, ONLY)
-    texts = [text for words in (*lists, *AMOUNTS.values()) for text in words]
-    return " ".join(texts).replace("{other}", "").replace("{}", "") + " gray"
-
-
 def made_up_word(rng):
     """A word of one to four syllables that is in none of `UNSEEN_WAYS`."""
     while True:

@@ -80,6 +80,7 @@ def parse_flags(argv=None):
     add(
         "--resolution", type=int, default=512, help="most pixels of a short side that is kept (512)"
     )
+
     add("--batch-size", type=int, default=64, help="captions or pictures for SigLIP at once (64)")
     add("--mllm-batch-size", type=int, default=8, help="prompts for the MLLM at once (8)")
     add("--block-size", type=int, default=200, help="documents that are saved together (200)")
@@ -307,6 +308,7 @@ def sum_up(out):
         add_up(stats, {"blocks": 1} | json.loads(path.read_text()))
     seconds, documents = stats.pop("seconds", {}), stats.get("documents", 0)
     total = sum(seconds.values()) or 1.0
+
     stats["stages"] = {
         name: {
             "seconds": round(spent, 3),

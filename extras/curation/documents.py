@@ -109,6 +109,7 @@ def open_blocks(data, size, columns):
     path = Path(data)
     files = [path] if path.is_file() else [f for p in SHARDS for f in sorted(path.rglob(p))]
     shards = [file for file in files if any(file.match(pattern) for pattern in SHARDS)]
+
     if shards:
         root = path if path.is_dir() else path.parent
         names = [str(shard.relative_to(root)) for shard in shards]
@@ -197,6 +198,7 @@ def list_pictures(row, images):
             entries.append((name if on_disk else info.get("raw_url"), caption))
     else:
         entries = zip(row["images"], row["captions"], strict=True)
+
     listed = []
     for where, caption in entries:
         caption = fold(caption) if isinstance(caption, str) else ""
@@ -226,6 +228,7 @@ def read_bytes(where, images, downloader):
         if not is_file_below(images, where):
             raise Dropped("missing file")
         where = images / where
+
     if isinstance(where, str) and where.lower().startswith(("http://", "https://")):
         return downloader.get(where)
     if not isinstance(where, str | Path):
@@ -254,6 +257,7 @@ def decode(data, min_size, resolution):
         if max(picture.size) > MAX_ASPECT * min(picture.size):
             raise Dropped("too long")
         picture.draft("RGB", (2 * resolution, 2 * resolution))  # a JPEG is decoded smaller
+
         picture.load()
         picture = to_rgb(picture)
         scale = min(1, resolution / min(picture.size))

@@ -63,6 +63,7 @@ class Downloader:
     def follow(self, url):
         """The bytes behind a URL and its redirects."""
         location = url
+
         for _ in range(MAX_REDIRECTS + 1):
             try:
                 url = urljoin(url, location)
@@ -160,6 +161,7 @@ class Downloader:
         robots = response.getheader("X-Robots-Tag", "").lower()
         if "noai" in robots or "noimageai" in robots:
             raise Dropped("owner allows no training")
+
         data = bytearray()
         while len(data) + (response.length or 0) <= self.max_bytes:
             chunk = response.read1(65_536)

@@ -21,7 +21,7 @@ METRICS = {
     "by city, never trained": ("never trained", "city"),
     "by domain, never trained": ("never trained", "domain"),
 }
-START = "the flag of "  # of the prompts that are also asked in text
+START = "the flag of "  # prompts that begin so are also asked in text
 SHOWN = 24  # questions whose images are saved
 
 
