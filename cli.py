@@ -42,6 +42,25 @@ def catch_interrupts():
     signal.signal(signal.SIGINT, interrupted)
 
 
+class StopSignals(list):
+    """The signals received so far that ask a run to finish its step, save and end."""
+
+    def __init__(self):
+        for name in ("SIGTERM", "SIGINT", "SIGUSR1"):  # Windows lacks the last
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), self.receive)
+
+    def receive(self, number, frame):
+        now = time.time()
+        # torchrun passes the same Ctrl-C on: a second one comes later.
+        if number == signal.SIGINT and any(now - before > 1 for _, before in self):
+            print("stopped", file=sys.stderr, flush=True)
+            os._exit(INTERRUPTED)
+        if not self and int(os.environ.get("RANK", 0)) == 0:
+            print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
+        self.append((number, now))
+
+
 def set_up(parser):
     """Prepare a command: Ctrl-C, bad flags and warnings print one line each; adds --version."""
 

@@ -5,11 +5,9 @@ r"""Train MetaQuery: every stage, in one process or with torchrun.
     torchrun --nproc-per-node=8 train.py --size xlarge --shard true \
       --gradient-checkpointing true --out runs/xlarge
 
-Every field of TrainConfig, below, and of MetaQueryConfig in metaquery.py is a flag, and the
-comment beside it says what it means. `--out` holds step-00001000/
-folders (weights and training state), log.jsonl and samples/step-*.png, and
-`sample.py --checkpoint OUT` works at any time. The same command resumes a run. What fits a
-GPU: python -m extras.sizes SIZE.
+Every field of TrainConfig, below, and of MetaQueryConfig in metaquery.py is a flag. The
+same command resumes a run. `--out` holds its checkpoints, log.jsonl and samples/, and
+`sample.py --checkpoint OUT` works at any time. What fits: python -m extras.sizes SIZE.
 """
 
 import cli
@@ -21,7 +19,6 @@ import argparse
 import json
 import math
 import os
-import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
@@ -42,26 +39,26 @@ from training import attention, distributed
 from training.checkpoint import Checkpoints
 from training.log import Log
 
-# ---- Recipes: what stands here is what runs, unless a flag says otherwise --------------
+# ---- Recipes: what stands here is what runs, unless a flag says otherwise ------------
 TOY = {
-    "data": "toy", "streaming": False, "steps": 2400, "batch_size": 32,
-    "micro_batch_size": 0, "workers": 0,
+    "data": "toy", "streaming": False, "workers": 0,
+    "steps": 2400, "batch_size": 32, "micro_batch_size": 0,
     "lr": 1e-3, "warmup": 200, "weight_decay": 0.01, "max_grad_norm": 1.0,
     "sigma_shift": 1.0,
 }  # fmt: skip
-# §4: 25M images eight times are 48,828 steps of 4,096. The paper does not name all of its
-# images; cc12m alone has 11M, of which this is 18 passes. The paper is silent on weight decay
-# and the gradient's norm: these are its authors'.
+# §4: 25M images eight times are 48,828 steps of 4,096. The paper does not name all of
+# its images; cc12m alone has 11M, of which this is 18 passes. The paper is silent on
+# weight decay and the gradient's norm: these are its authors'.
 PAPER = {
-    "data": "pixparse/cc12m-wds", "streaming": True, "steps": 48_828, "batch_size": 4096,
-    "micro_batch_size": 16, "workers": 8,
+    "data": "pixparse/cc12m-wds", "streaming": True, "workers": 8,
+    "steps": 48_828, "batch_size": 4096, "micro_batch_size": 16,
     "lr": 1e-4, "warmup": 4000, "weight_decay": 0.1, "max_grad_norm": 0.5,
     "sigma_shift": 1.0,
 }  # fmt: skip
 OMNIEDIT = "TIGER-Lab/OmniEdit-Filtered-1.2M"
 INSTRUCT = "xcpan/MetaQuery_Instruct_2.4M_512res"
 RECIPES = {
-    # What a toy image shows, and where, is decided at high noise levels: it sees more of them.
+    # What a toy image shows, and where, is decided at high noise levels: train on more.
     ("toy", "pretrain"): TOY | {"steps": 900, "lr": 3e-4, "sigma_shift": 3.0},
     ("toy", "reconstruct"): TOY,
     ("toy", "mix"): TOY,
@@ -73,8 +70,8 @@ RECIPES = {
     ("paper", "mix"): PAPER,
     # §5.3; the warm-up and the batch size are ours.
     ("paper", "edit"): PAPER | {"data": OMNIEDIT, "steps": 1000, "warmup": 100},
-    # §4: 2.4M instructions three times. The paper's 4,000 steps of warm-up would outlast the
-    # run: its authors ran 2,000.
+    # §4: 2.4M instructions three times. The paper's 4,000 steps of warm-up would outlast
+    # the run: its authors ran 2,000.
     ("paper", "instruct"): PAPER | {"data": INSTRUCT, "steps": 3516, "batch_size": 2048,
                                     "warmup": 2000},
 }  # fmt: skip
@@ -89,15 +86,15 @@ class TrainConfig:
     """What defines a run beside the model. None: the recipe's value."""
 
     size: Literal["tiny", "study", "base", "large", "xlarge"] = "tiny"
-    # Draw captions; reconstruct images; both; fine-tune on edits, or on prompts with images
+    # Captions to images; images to themselves; both; edits; prompts with several images
     stage: Literal["pretrain", "reconstruct", "mix", "edit", "instruct"] = "pretrain"
     out: str = "runs/tiny"  # the run's folder
     checkpoint: str = ""  # the model to fine-tune: a folder, a hub id or a public name
     resume: str = "auto"  # "auto", "none", or a step folder to resume from
 
-    # "toy", or folders, files and hub ids: NAME,NAME=WEIGHT, of a hub id NAME:CONFIG@SPLIT
+    # "toy", or folders, files and hub ids: A,B=WEIGHT; of a hub id NAME:CONFIG@SPLIT
     data: str | None = None
-    # Columns of names that we do not know; with several datasets a name for each, with commas
+    # Columns with unusual names; with several datasets a name for each, with commas
     text_column: str = ""  # captions
     target_column: str = ""  # images to learn to generate
     sources_column: str = ""  # source images
@@ -119,37 +116,36 @@ class TrainConfig:
     sample_every: int = 500  # steps between images in samples/
     sample_prompts: str = ""  # a text file, one prompt a line, for samples/
 
-    dtype: Literal["", "bfloat16", "float32"] = ""  # "" picks the fastest for this machine
+    dtype: Literal["", "bfloat16", "float32"] = ""  # "": the fastest of this machine
     device: str = ""  # cpu, cuda, ...; "": the best there is
-    shard: bool = False  # split weights, gradients and optimizer over the processes (FSDP2)
+    shard: bool = False  # split weights, gradients and optimizer over processes (FSDP2)
     shard_frozen: bool = False  # with --shard: split the frozen language model too
     gradient_checkpointing: bool = False  # less memory, more time
     compile: bool = False  # compile the connector and the diffusion model
     cache_latents: str = ""  # a folder that keeps each image's latents, encoded once
-    cache_prompts: bool = False  # keep what the frozen MLLM computes of each text prompt
+    cache_prompts: bool = False  # keep what the frozen MLLM computes of text prompts
 
     def __post_init__(self):
         for name, value in self.recipe.items():
             if getattr(self, name, 0) is None:
                 setattr(self, name, value)
+
+        may_be_zero = ("micro_batch_size", "workers", "warmup", "seed", "weight_decay")
+        for name, value in vars(self).items():
+            is_number = type(value) in (int, float)
+            is_zero = name in may_be_zero and value == 0
+            if is_number and not is_zero and not 0 < value <= 10**12:
+                flag = name.replace("_", "-")
+                raise InputError(f"--{flag} is {value}: give a number above 0.")
+
         if self.stage in ("edit", "instruct") and not self.checkpoint:
-            raise InputError(f"--stage {self.stage} fine-tunes a model: give --checkpoint.")
+            raise InputError(f"--stage {self.stage} fine-tunes: give --checkpoint.")
         if self.shard_frozen and not self.shard:
             raise InputError("--shard-frozen needs --shard true: give both, or neither.")
-
-        if self.shard and self.cache_prompts:  # ranks would compute different prompts, and hang
-            raise InputError("--cache-prompts and --shard exclude each other: leave one out.")
-        least = {"steps": 1, "batch_size": 1, "noises_per_sample": 1, "save_every": 1,
-                 "keep": 1, "sample_every": 1, "micro_batch_size": 0, "workers": 0,
-                 "warmup": 0, "seed": 0, "lr": 1e-12, "max_grad_norm": 1e-12,
-                 "weight_decay": 0}  # fmt: skip
-        for name, lowest in least.items():
-            value = getattr(self, name)
-            if not lowest <= value <= 10**12:
-                flag = name.replace("_", "-")
-                raise InputError(f"--{flag} is {value}: give {lowest:g} to 10^12.")
+        if self.shard and self.cache_prompts:  # ranks would compute different prompts
+            raise InputError("--cache-prompts and --shard exclude each other: drop one.")
         if self.checkpoint and Path(self.out).resolve() == Path(self.checkpoint).resolve():
-            raise InputError(f"--out {self.out} is --checkpoint itself: name another --out.")
+            raise InputError(f"--out {self.out} is --checkpoint itself: name another.")
         cli.check_writable(self.out, is_folder=True)
 
     @property
@@ -161,6 +157,7 @@ class TrainConfig:
         return RECIPES[world, self.stage]
 
 
+# ---- Model and optimizer -------------------------------------------------------------
 def build_model(config, changes, device, dtype):
     """The model on its device, frozen parts in `dtype`; `changes` replace config fields."""
     model_class = MetaQuery
@@ -196,33 +193,26 @@ def build_model(config, changes, device, dtype):
 
 def build_optimizer(config, model):
     """AdamW and its schedule: linear warm-up, then a cosine to MIN_LR."""
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    matrices = [p for name, p in trained if p.ndim > 1 and name != "queries"]
-    others = [p for name, p in trained if p.ndim <= 1 or name == "queries"]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
+    decayed, others = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.ndim > 1 and name != "queries":
+            decayed.append(parameter)
+        elif parameter.requires_grad:
+            others.append(parameter)
+    groups = [{"params": decayed, "weight_decay": config.weight_decay},
+              {"params": others, "weight_decay": 0.0}]  # fmt: skip
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
+
     schedule = get_cosine_with_min_lr_schedule_with_warmup(
         optimizer, config.warmup, config.steps, min_lr_rate=min(1, MIN_LR / config.lr)
     )
     return optimizer, schedule
 
 
-def micro_step(model, micro, device, dtype):
-    """The loss of a micro-batch, a scalar with gradient."""
-    # Pinned memory makes these copies asynchronous.
-    targets = micro.targets.to(device, non_blocking=True)  # (b, 3, H, W)
-    noise = micro.noise.to(device, non_blocking=True)  # (b·K, C, h, w)
-    u = micro.u.to(device, non_blocking=True)  # (b·K,)
-    with distributed.precision(model, device, dtype):
-        return model(micro.inputs, targets, noise=noise, u=u)
-
-
 def save_samples(model, config, path, rank):
-    """Save a grid of images from fixed prompts and noise: of the toy, unseen tasks beside
-    their sources. Every process generates, since each may hold a share of the weights."""
+    """Save a row of images from fixed prompts and noise; of the toy, from unseen tasks.
+
+    Every process generates, since each may hold a share of the weights."""
     prompts, images = list(SAMPLE_PROMPTS), None
     if config.sample_prompts:
         text = Path(config.sample_prompts).read_text(encoding="utf-8")
@@ -230,55 +220,37 @@ def save_samples(model, config, path, rank):
     elif config.data == "toy":
         kinds = list(MIXTURES[config.stage])
         tasks = [task(kind, i, split="test") for i, kind in enumerate((kinds * 8)[:8])]
-        prompts = [t.prompt for t in tasks]
-        images = [t.images for t in tasks]
+        prompts = [each.prompt for each in tasks]
+        images = [each.images for each in tasks]
 
     generator = torch.Generator().manual_seed(0)
-    shown = model.generate(prompts, images, num_inference_steps=20, generator=generator)
-    if images and any(images):  # each beside its first source, if any
-        pairs = zip(images, shown, strict=True)
-        shown = [image for sources, image in pairs for image in (*sources[:1], image)]
+    row = model.generate(prompts, images, num_inference_steps=20, generator=generator)
+    if images and any(images):  # each beside its first source
+        pairs = zip(images, row, strict=True)
+        row = [image for sources, new in pairs for image in (*sources[:1], new)]
     if rank == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        make_image_grid(shown, 1, len(shown)).save(path)
+        make_image_grid(row, 1, len(row)).save(path)
 
 
-class StopSignals(list):
-    """The signals received so far that ask a run to finish its step, save and end."""
-
-    def __init__(self):
-        for name in ("SIGTERM", "SIGINT", "SIGUSR1"):  # Windows lacks the last
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), self.receive)
-
-    def receive(self, number, frame):
-        now = time.time()
-        # torchrun passes the same Ctrl-C on: a second one comes later.
-        if number == signal.SIGINT and any(now - before > 1 for _, before in self):
-            print("stopped", file=sys.stderr, flush=True)
-            os._exit(cli.INTERRUPTED)
-        if not self and int(os.environ.get("RANK", 0)) == 0:
-            print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
-        self.append((number, now))
-
-
+# ---- The run -------------------------------------------------------------------------
 def train(config, changes):
     """Run a stage from its first step, or from its newest checkpoint, to its last.
 
-    changes: fields of MetaQueryConfig that replace the size's or the checkpoint's.
-    """
-    # 1. Processes and arithmetic
+    changes: fields of MetaQueryConfig that replace the size's or the checkpoint's."""
+    # 1. Processes, device, dtype. float16's small range would need loss scaling.
     device = cli.device_of(config.device)
     rank, world = distributed.open_processes(device)
     distributed.check_batch_size(config.batch_size, config.micro_batch_size, world)
     dtype, reason = cli.choose_dtype(device, config.dtype)
-    if dtype == torch.float16:  # its small range would need loss scaling
+    if dtype == torch.float16:
         dtype = torch.float32
     config.dtype = str(dtype).removeprefix("torch.")
     if rank == 0:
         print(f"training in {config.dtype} on {device}: {reason}", flush=True)
 
-    # 2. Model, data, optimizer
+    # 2. Model: new, or as the newest checkpoint has it. The weights are loaded before
+    # they are distributed, the optimizer's state after.
     torch.manual_seed(config.seed)
     model = build_model(config, changes, device, dtype)
     out = Path(config.out)
@@ -288,31 +260,37 @@ def train(config, changes):
     wrapped = distributed.distribute(
         model, device, dtype, world, config.shard, config.shard_frozen, config.stage
     )
+
+    # 3. Optimizer, and where the run is: its step, the place of every reader of a
+    # stream, and the running means by which a spike is told.
     optimizer, schedule = build_optimizer(config, model)
-    first, mean_loss, mean_norm, places = 0, math.inf, math.inf, None
+    step, places, mean_loss, mean_norm = 0, None, math.inf, math.inf
     if saved:
         checkpoints.resume(saved, model, optimizer, schedule)
-        first, places = saved["step"], saved["places"]
+        step, places = saved["step"], saved["places"]
         mean_loss, mean_norm = saved["means"]
 
+    # 4. Data: loader workers decode images and tokenize prompts, and draw each sample's
+    # noise from a seed of its own, so that no figure depends on who reads it.
     h, w = model.latent_size(model.resolution, model.resolution)
     latent_shape = (model.diffusion.config.in_channels, h, w)
     collate = Collate(model.format, model.resolution, latent_shape, config.stage,
                       config.seed, config.micro_batch_size, config.noises_per_sample)  # fmt: skip
-    columns = {"text": config.text_column, "target": config.target_column,
-               "sources": config.sources_column}  # fmt: skip
     batches = open_batches(
-        config.data, config.stage, collate, columns=columns, streaming=config.streaming,
-        first=first, steps=config.steps, batch_size=config.batch_size, seed=config.seed,
-        rank=rank, world=world, workers=config.workers, places=places,
+        config.data, config.stage, collate,
+        columns={"text": config.text_column, "target": config.target_column,
+                 "sources": config.sources_column},
+        streaming=config.streaming, first=step, steps=config.steps,
+        batch_size=config.batch_size, seed=config.seed, rank=rank, world=world,
+        workers=config.workers, places=places,
     )  # fmt: skip
 
-    # 3. The loop
+    # 5. The loop. Ctrl-C, or a cluster that wants its machine back, ends it after a step.
     parameters = [p for p in model.parameters() if p.requires_grad]
-    stop_signals = StopSignals()
-    step, waited, skipped_steps, skipped_samples, bad_steps = first, 0.0, 0, 0, 0
+    stop_signals = cli.StopSignals()
+    skipped_steps, skipped_samples, waited, bad_steps = 0, 0, 0.0, 0
     ended = step >= config.steps
-    with Log(out, first, config.steps, config.batch_size, rank) as log:
+    with Log(out, step, config.steps, config.batch_size, rank) as log:
         while not ended:
             # This process's share of the batch
             began = time.time()
@@ -320,26 +298,32 @@ def train(config, changes):
             waited += time.time() - began
             skipped_samples += batch.skipped
 
-            # Loss and gradient of each micro-batch; they are summed over the processes at the last
+            # Loss and gradient of each micro-batch. Processes sum theirs at the last
+            # one; pinned memory makes the copies to the device asynchronous.
             loss = torch.zeros((), device=device)
+            count = len(batch.micro_batches)
             for number, micro in enumerate(batch.micro_batches, 1):
-                distributed.sum_gradients(wrapped, number == len(batch.micro_batches))
-                micro_loss = micro_step(wrapped, micro, device, dtype)
-                (micro_loss / len(batch.micro_batches)).backward()
-                loss += micro_loss.detach() / len(batch.micro_batches) / world
+                distributed.sum_gradients(wrapped, number == count)
+                targets = micro.targets.to(device, non_blocking=True)  # (b, 3, H, W)
+                noise = micro.noise.to(device, non_blocking=True)  # (b·K, C, h, w)
+                u = micro.u.to(device, non_blocking=True)  # (b·K,)
+                with distributed.precision(wrapped, device, dtype):
+                    micro_loss = wrapped(micro.inputs, targets, noise=noise, u=u)
+                (micro_loss / count).backward()
+                loss += micro_loss.detach() / count / world
 
-            # What all processes must agree on: the mean loss, and whether one is to stop
+            # What all processes must agree on: the loss, and whether one is to stop
             stop = torch.tensor(float(bool(stop_signals)), device=device)
             agreed = torch.stack([loss, stop])
             if world > 1:
                 dist.all_reduce(agreed)
             norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-            norm = distributed.whole(norm)
-            # This is the sync point: the host waits here until the device has done the step.
-            loss, stop, norm = torch.cat([agreed, norm.view(1).to(agreed)]).tolist()
+            norm = distributed.whole(norm).view(1).to(agreed)
+            # The sync point: here the host waits until the device has done the step.
+            loss, stop, norm = torch.cat([agreed, norm]).tolist()
 
-            # A step that is not finite, or a spike, would harm the weights: it changes nothing. The
-            # paper's authors stop there, and go back to a checkpoint.
+            # A step that is not finite, or a spike, would harm the weights: it changes
+            # nothing. The paper's authors stop there and go back to a checkpoint.
             is_finite = math.isfinite(loss) and math.isfinite(norm)
             is_spike = loss > 20 * mean_loss or norm > max(1, 25 * mean_norm)
             if is_finite and not is_spike:
@@ -361,8 +345,9 @@ def train(config, changes):
                       skipped_steps=skipped_steps, skipped_samples=skipped_samples)  # fmt: skip
             if bad_steps == 10:
                 newest = max(checkpoints.folders(), default="none")
-                reason = f"loss or gradient was not finite, or a spike, 10 times up to step {step}"
-                raise InputError(f"{reason}: lower --lr or check the data; newest: {newest}.")
+                reason = f"loss or gradient not finite, or a spike, 10 times up to {step}"
+                fix = f"lower --lr or check the data; newest checkpoint: {newest}"
+                raise InputError(f"{reason}: {fix}.")
 
             # Save, and generate some samples
             if ended or step % config.save_every == 0:
@@ -370,7 +355,7 @@ def train(config, changes):
                 means = [mean_loss, mean_norm]
                 checkpoints.save(model, optimizer, schedule, step, places=places, means=means)
             if ended or step % config.sample_every == 0:
-                save_samples(model, config, out / "samples" / f"step-{step:08d}.png", rank)
+                save_samples(model, config, out / f"samples/step-{step:08d}.png", rank)
 
     if rank == 0:
         print(f"saved {out} at step {step}")
@@ -378,6 +363,7 @@ def train(config, changes):
         dist.destroy_process_group()
 
 
+# ---- The command ---------------------------------------------------------------------
 def parse_flags():
     """(TrainConfig, {field of MetaQueryConfig: value}) of the command line and RECIPES."""
     parser = HfArgumentParser(
@@ -391,12 +377,13 @@ def parse_flags():
             action.nargs, action.const = "?", True
     parser.set_defaults(**{field.name: None for field in fields(MetaQueryConfig)})
     values = vars(parser.parse_args())
-    config = TrainConfig(**{field.name: values[field.name] for field in fields(TrainConfig)})
 
+    config = TrainConfig(**{field.name: values[field.name] for field in fields(TrainConfig)})
     changes = {"sigma_shift": config.recipe["sigma_shift"]}
     for field in fields(MetaQueryConfig):
         if values[field.name] is not None:
             changes[field.name] = values[field.name]
+
     if config.steps <= config.warmup and int(os.environ.get("RANK", 0)) == 0:
         short = f"--steps {config.steps} is no more than --warmup {config.warmup}"
         print(f"warning: {short}: the learning rate never reaches --lr.", file=sys.stderr)
@@ -404,9 +391,9 @@ def parse_flags():
 
 
 def main():
+    if not sys.stderr.isatty():  # the bars of loading are for eyes, not for files
+        disable_progress_bar()
     with cli.errors_in_one_line():
-        if not sys.stderr.isatty():  # the bars of loading are for eyes, not for files
-            disable_progress_bar()
         config, changes = parse_flags()
         try:
             train(config, changes)

@@ -10,6 +10,7 @@ from conftest import ROOT, losses, noise_image
 from diffusers import AutoencoderDC
 from runs import check_same, flags, log_of, newest, refused, succeed
 
+import cli
 import train
 from metaquery import InputError, MetaQuery
 from train import RECIPES, TrainConfig
@@ -206,9 +207,9 @@ def test_recipes_are_what_runs():
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"steps": 0}, "--steps is 0: give 1 to"),
+        ({"steps": 0}, "--steps is 0: give a number above 0"),
         ({"lr": "nan"}, "--lr is nan"),
-        ({"stage": "edit"}, "--stage edit fine-tunes a model: give --checkpoint"),
+        ({"stage": "edit"}, "--stage edit fine-tunes: give --checkpoint"),
         ({"shard_frozen": "true"}, "--shard-frozen needs --shard"),
         ({"shard": "true", "cache_prompts": "true"}, "exclude each other"),
         ({"batch_size": 5, "micro_batch_size": 2}, "choose a multiple of 2"),
@@ -263,7 +264,7 @@ def test_what_windows_lacks_is_not_needed(hidden, monkeypatch):
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     if hidden == "SIGUSR1":
         monkeypatch.delattr(signal, "SIGUSR1")
-        assert train.StopSignals() == []
+        assert cli.StopSignals() == []
         signal.signal(signal.SIGTERM, before[0])
         signal.signal(signal.SIGINT, before[1])
     else:
