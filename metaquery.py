@@ -1,4 +1,4 @@
-"""MetaQuery: learnable queries carry a frozen multimodal LLM's knowledge to a diffusion model.
+"""MetaQuery: queries carry a frozen multimodal LLM's knowledge to a diffusion model.
 
 "Transfer between Modalities with MetaQueries" (Pan et al., 2025), in one file:
 
@@ -15,7 +15,7 @@
 
 Frozen means that no *weight* of the LLM changes. Gradient still flows *through* it: the
 loss reaches the queries by way of all its layers, as in prompt tuning.
-B prompts, T prompt tokens, N queries, L condition tokens; d MLLM width, c caption width.
+B prompts of T tokens, N queries, L condition tokens; d MLLM width, c caption width.
 """
 
 import json
@@ -43,14 +43,14 @@ from torchvision.transforms.v2 import functional as transforms
 
 # ---- 1. Config and presets -----------------------------------------------------------
 class InputError(ValueError):
-    """An error the user can fix. Its text is one line: what is wrong, and what to do."""
+    """An error the user can fix, in one line: what is wrong, and what to do."""
 
 
 @dataclass
 class MetaQueryConfig:
     """What defines a MetaQuery model (paper §3). Every field is a flag of train.py."""
 
-    mllm: str  # hub id or folder: LLaVA-OneVision, Qwen2.5-VL or a text-only ChatML model
+    mllm: str  # hub id or folder: LLaVA-OneVision, Qwen2.5-VL, InternVL3 or a text LLM
     diffusion: str  # hub id or folder: Sana or Stable Diffusion, with its scheduler
     num_queries: int = 256  # N, number of learnable queries
     connector: Literal["enc-proj", "proj-enc"] = "enc-proj"  # Table 3
@@ -58,7 +58,7 @@ class MetaQueryConfig:
     condition_on: Literal["queries", "random", "last_layer"] = "queries"  # Table 1
     train_mllm: bool = False  # Table 2: the paper keeps the MLLM frozen
     train_diffusion: bool = True  # Table 2: tuning the diffusion model helps
-    sigma_shift: float = 1.0  # above 1, training sees more high noise levels; 1 is uniform
+    sigma_shift: float = 1.0  # above 1, training sees more noise; 1 is uniform
     vae: str = ""  # hub id or folder of another VAE than the diffusion model's own
 
     def __post_init__(self):
@@ -94,12 +94,12 @@ PRESETS = {
 }  # fmt: skip
 # How a model generates unless its checkpoint's generation_config.json says otherwise.
 # "restates": the MLLM says in a few words what it takes a prompt for (the toy's does).
-GENERATION = {"num_inference_steps": 30, "guidance_scale": 3.0, "image_guidance_scale": 1.5,
-              "restates": False}  # fmt: skip
+GENERATION = {"num_inference_steps": 30, "guidance_scale": 3.0,
+              "image_guidance_scale": 1.5, "restates": False}  # fmt: skip
 
 # ---- 2. From prompts to the MLLM's inputs --------------------------------------------
 #
-# A prompt with one image. The N queries come next, where the MLLM would begin to describe:
+# A prompt with one image. The N queries come next, where the MLLM would describe it:
 #
 #   <|im_start|>system
 #   You will be given an image or its caption. Please describe ... own words.<|im_end|>
@@ -108,8 +108,8 @@ GENERATION = {"num_inference_steps": 30, "guidance_scale": 3.0, "image_guidance_
 #   make the star green<|im_end|>
 #   <|im_start|>assistant
 
-SYSTEM_PROMPT = """You will be given an image or its caption. Please describe the content of \
-the image in detail in your own words."""
+SYSTEM_PROMPT = """You will be given an image or its caption. Please describe the \
+content of the image in detail in your own words."""
 MAX_PROMPT_TOKENS = 256  # the user's text is cut here, with a warning
 MAX_IMAGES = 6  # in one prompt, as in the paper's instruction data (§4)
 MAX_ASPECT_RATIO = 100  # Qwen2.5-VL's processor refuses 200
@@ -120,7 +120,7 @@ NO_IMAGES = "images must be PIL images: open files with PIL.Image.open."
 class PromptFormat:
     """Turns prompts and images into the MLLM's inputs, in its own chat format.
 
-    It needs the processor and the MLLM's config, no weights, so loader workers can use it.
+    It needs the processor and the MLLM's config, no weights: loader workers use it.
     A family with another format overrides `chat` or `__call__`."""
 
     def __init__(self, processor, mllm_config):
@@ -133,13 +133,14 @@ class PromptFormat:
         """Tokenize B prompts, strings or None, padded on the left: a dict of tensors.
 
         size: (height, width) of the image to generate, for families that need it.
-        images: as for `image_lists`; with system=None, to ask the MLLM itself, uncropped.
+        images: as for `image_lists`. system: None to ask the MLLM itself, uncropped.
         Raises InputError if there are too many, or the MLLM reads text only."""
-        images = [[to_rgb(image) for image in row] for row in image_lists(prompts, images)]
+        rows = image_lists(prompts, images)
+        images = [[to_rgb(image) for image in row] for row in rows]
         if any(images) and not self.takes_images:
             raise InputError("this MLLM reads text only: choose one that takes images.")
         if max(map(len, images), default=0) > MAX_IMAGES:
-            raise InputError(f"too many images for one prompt: give at most {MAX_IMAGES}.")
+            raise InputError(f"too many images in a prompt: give at most {MAX_IMAGES}.")
 
         chats = [
             self.chat(clean_prompt(self.tokenizer, prompt), len(row), system)
@@ -164,7 +165,7 @@ class PromptFormat:
         return self.processor(text=texts, images=images, **options)
 
     def chat(self, prompt, num_images=0, system=SYSTEM_PROMPT):
-        """Chat messages: a system message, and a user turn with images, then the text."""
+        """Chat messages: the system's, and a user turn with images, then the text."""
         if self.takes_images:
             parts = [{"type": "image"}] * num_images
             user = [*parts, {"type": "text", "text": prompt}]
@@ -185,7 +186,7 @@ def clean_prompt(tokenizer, prompt, limit=MAX_PROMPT_TOKENS):
     if prompt is None:
         return ""
     if not isinstance(prompt, str) or prompt != prompt.encode(errors="ignore").decode():
-        raise InputError(f"the prompt {prompt!r} is not Unicode text: correct or remove it.")
+        raise InputError(f"the prompt {prompt!r} is not Unicode text: correct it.")
     for token in tokenizer.all_special_tokens:
         prompt = prompt.replace(token, " ")
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
@@ -207,20 +208,15 @@ def image_lists(prompts, images):
         images = [images]
     if not isinstance(images, list | tuple):
         raise InputError(NO_IMAGES)
-    if len(prompts) == 1 and images and all(isinstance(x, Image.Image) for x in images):
+    if len(prompts) == 1 and images and isinstance(images[0], Image.Image):
         images = [images]
     if len(images) != len(prompts):
         raise InputError(f"{len(images)} lists of images for {len(prompts)} prompts.")
 
-    lists = []
-    for row in images:
-        if isinstance(row, Image.Image):
-            row = [row]
-        row = row or []
-        if not isinstance(row, list | tuple) or any(not isinstance(x, Image.Image) for x in row):
-            raise InputError(NO_IMAGES)
-        lists.append(list(row))
-    return lists
+    rows = [[x] if isinstance(x, Image.Image) else list(x or []) for x in images]
+    if not all(isinstance(image, Image.Image) for row in rows for image in row):
+        raise InputError(NO_IMAGES)
+    return rows
 
 
 def to_rgb(image):
@@ -245,7 +241,7 @@ def to_rgb(image):
 
 
 def resize_and_crop(image, side):
-    """Resize the short side of a PIL image (bilinear, antialiased), then cut the centre.
+    """Resize a PIL image's short side (bilinear, antialiased), then cut the centre.
 
     In this order, with torchvision's rounding, it equals the authors' code."""
     resized = transforms.resize(to_rgb(image), [side], antialias=True)
@@ -253,7 +249,7 @@ def resize_and_crop(image, side):
 
 
 def to_pixels(images, side):
-    """PIL images to a tensor (B, 3, side, side) float32 in [-1, 1]: what `forward` takes."""
+    """PIL images to targets of `forward`: (B, 3, side, side) float32 in [-1, 1]."""
     arrays = [np.asarray(resize_and_crop(image, side)) for image in images]
     pixels = torch.from_numpy(np.stack(arrays))  # (B, side, side, 3), 0..255
     return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -265,14 +261,14 @@ def black_like(images):
 
 
 def drop_conditions(prompt, images, u, stage):
-    """(prompt or None, images) of one training sample; a uniform u decides what is dropped.
+    """(prompt or None, images) of a training sample; a uniform u decides what goes.
 
-    Guidance compares the prediction with and without a condition, so the model must have
+    Guidance compares predictions with and without a condition, so the model must have
     learned both. What is dropped (§4, App. C):
 
         text only            u < 0.1: text
         edit, reconstruct    u < 0.1: images
-        instruct             u < 0.1: text    0.1 ≤ u < 0.2: both    0.2 ≤ u < 0.3: images
+        instruct             u < 0.1: text   0.1 ≤ u < 0.2: both   0.2 ≤ u < 0.3: images
     """
     drop_text = u < 0.1
     drop_images = False
@@ -321,7 +317,7 @@ class ConnectorLayer(nn.Module):
         self.down = nn.Linear(4 * width, width, bias=False)
 
     def forward(self, x, cos, sin, mask):
-        """x (B, L, width); cos, sin (L, 64); mask (B, 1, 1, L), False at padding, or None."""
+        """x (B, L, width); cos, sin (L, 64); mask (B, 1, 1, L), False at padding."""
         qkv = self.qkv(self.attention_norm(x))  # (B, L, 3·width)
         qkv = qkv.unflatten(-1, (3, -1, HEAD_DIM))  # (B, L, 3, heads, 64)
         q, k, v = qkv.transpose(1, 3).unbind(2)  # each (B, heads, L, 64)
@@ -347,9 +343,10 @@ class Connector(nn.Module):
         self.design = design
         width = d if design == "enc-proj" else c
         if width % HEAD_DIM:
-            raise InputError(f"the connector's width {width} is no multiple of {HEAD_DIM}.")
+            raise InputError(f"connector width {width}: give a multiple of {HEAD_DIM}.")
         self.layers = nn.ModuleList(ConnectorLayer(width) for _ in range(layers))
-        self.projection = nn.Sequential(nn.Linear(d, c), nn.GELU("tanh"), nn.Linear(c, c))
+        project = [nn.Linear(d, c), nn.GELU("tanh"), nn.Linear(c, c)]
+        self.projection = nn.Sequential(*project)
         self.norm = nn.RMSNorm(c, eps=1e-5)
         if pooled:
             self.pool = nn.Linear(c, pooled)
@@ -411,14 +408,16 @@ def guide(predictions, g, g_img):
 class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit"):
     """Learnable queries, a frozen MLLM, a connector and a diffusion model (Figure 1).
 
-    The parts are given, so that any of them can be another; `from_config` loads those that
-    a config names. connector: maps (B, L, d) to (B, L, c); by default a new `Connector`.
-    generation_config: a dict as GENERATION, the defaults of `generate`."""
+    The parts are given, so that any of them can be another; `from_config` loads those
+    that a config names. connector: maps (B, L, d) to (B, L, c); by default a new
+    `Connector`. generation_config: a dict as GENERATION, the defaults of `generate`."""
 
     config_class = MetaQueryConfig
     format_class = PromptFormat
 
-    def __init__(self, config, mllm, processor, diffusion, vae, scheduler, connector=None):
+    def __init__(
+        self, config, mllm, processor, diffusion, vae, scheduler, connector=None
+    ):
         super().__init__()
         self.config = config
         self.mllm = mllm
@@ -443,7 +442,7 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
         vae.requires_grad_(False)
 
     def new_connector(self, d):
-        """The connector for MLLM states of width d; a family with another overrides it."""
+        """The connector for MLLM states of width d; a family may override it."""
         gain = 1.0
         if "caption_channels" in self.diffusion.config:  # Sana
             gain = SANA_GAIN
@@ -453,7 +452,7 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
 
     @property
     def is_flow(self):
-        """Whether the diffusion model predicts a velocity (Sana, SD3), not noise (SD1.5)."""
+        """Whether diffusion predicts velocity (Sana, SD3), not noise (SD1.5)."""
         prediction = self.scheduler.config.get("prediction_type")
         return "flow" in f"{type(self.scheduler).__name__} {prediction}".lower()
 
@@ -470,8 +469,8 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
         return self.diffusion.config.sample_size * self.downsampling
 
     def offload_to(self, device):
-        """Keep the parts on the CPU; each visits `device` while it works. Only to generate
-        and answer: the largest part must fit the device, not all of them."""
+        """Keep the parts on the CPU; each visits `device` while it works. To generate
+        and answer only: the largest part must fit the device, not all of them."""
         self.to("cpu")
         self.queries.data = self.queries.data.to(device)
         self.is_offloaded = True
@@ -479,7 +478,7 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
 
     @contextmanager
     def visit(self, part):
-        """Where the model is offloaded, `part` is on the queries' device in this context."""
+        """If the model is offloaded, `part` is on its device in this context."""
         if self.is_offloaded:
             part.to(self.queries.device)
         try:
@@ -492,8 +491,8 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
         """The condition for the diffusion model: cond (B, L, c), and None.
 
         prompts: B strings; images: as for `image_lists`; size: (height, width) of the
-        image to generate. L is N. For condition_on "last_layer", L is the prompts' length
-        T, and the mask (B, T) is second; for SD3-type models the pooled condition is."""
+        image to generate. L is N. For condition_on "last_layer", L is the prompts'
+        length T, and the mask (B, T) is second; for SD3 the pooled condition is."""
         if isinstance(prompts, str):
             prompts = [prompts]
         return self.encode_inputs(self.format(prompts, images, size=size))
@@ -516,9 +515,9 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
     def read_prompt(self, inputs):
         """Pass 1: the prompts alone, without gradient. Returns a `Prompt`.
 
-        The mask is causal: no prompt token can see a query. So a prompt's keys and values
-        are the same with and without queries, and no gradient to a query crosses them.
-        Positions count the real tokens, so that padding on the left changes nothing:
+        The mask is causal: no prompt token can see a query. So a prompt's keys and
+        values are the same with and without queries, and no gradient to a query crosses
+        them. Positions count real tokens, so that padding on the left changes nothing:
 
             tokens      pad pad  a  red star | q0  q1  q2
             mask         0   0   1   1   1   |  1   1   1
@@ -536,7 +535,7 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
         return Prompt(outputs.cache, outputs.last_hidden_state, mask, positions)
 
     def positions_of(self, inputs, mask):
-        """Positions of the prompts' tokens: (B, T); of Qwen2.5-VL with images (3, B, T)."""
+        """Positions of prompt tokens, (B, T); Qwen2.5-VL's with images (3, B, T)."""
         if "image_grid_thw" in inputs:  # Qwen2.5-VL counts in time, height and width
             ids = {name: x for name, x in inputs.items() if name != "pixel_values"}
             return self.mllm.base_model.get_rope_index(**ids, attention_mask=mask)[0]
@@ -546,14 +545,15 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
         """Pass 2: the queries, with gradient, against the prompt's keys and values.
 
         Returns their last hidden states (B, N, d). It equals one pass over prompt and
-        queries, as `one_pass` of notebooks/plain.py has it, but its backward pass costs N
-        tokens, however long the prompt is."""
+        queries, `one_pass` of notebooks/plain.py, but its backward pass costs N tokens,
+        however long the prompt is."""
         count = len(self.queries)
         queries = self.queries.to(self.mllm.dtype)
         queries = queries.expand(len(prompt.mask), -1, -1)  # (B, N, d)
         mask = F.pad(prompt.mask, (0, count), value=1)  # (B, T + N)
         steps = 1 + torch.arange(count, device=mask.device)  # (N,)
-        positions = prompt.positions.amax(-1, keepdim=True) + steps  # (B, N) or (3, B, N)
+        last = prompt.positions.amax(-1, keepdim=True)
+        positions = last + steps  # (B, N) or (3, B, N)
         outputs = self.mllm.base_model(
             inputs_embeds=queries, cache=prompt.cache, attention_mask=mask,
             position_ids=positions, use_cache=True,
@@ -561,7 +561,7 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
         return outputs.last_hidden_state  # (B, N, d)
 
     def sigma_of(self, u):
-        """Noise levels σ (B,) in (0, 1] for uniform u (B,) in [0, 1): training's schedule.
+        """Noise levels σ (B,) in (0, 1] for uniform u (B,) in [0, 1), in training.
 
         σ = s·(1 − u) / (1 + (s − 1)·(1 − u)); s = 1 is uniform (Stable Diffusion 3,
         equation 23)."""
@@ -579,8 +579,9 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
             if isinstance(prompts, str):
                 prompts = [prompts]
             prompts = self.format(prompts, images)
-        if len(prompts["input_ids"]) != len(targets) or not targets.is_floating_point():
-            raise InputError("targets must be floats in [-1, 1], one for each prompt.")
+        shape = (len(prompts["input_ids"]), 3, self.resolution, self.resolution)
+        if targets.shape != shape or not targets.is_floating_point():
+            raise InputError(f"targets must be floats in [-1, 1] of shape {shape}.")
         x = self.encode_latents(targets)  # (B, C, h, w)
         cond, extra = self.encode_inputs(prompts)  # (B, L, c)
 
@@ -601,7 +602,8 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
         else:
             steps = self.scheduler.config.num_train_timesteps
             timestep = (sigma * steps).ceil().long() - 1  # 0 .. steps − 1
-            noisy = self.scheduler.add_noise(x, noise, timestep)  # √ᾱ_t·x + √(1 − ᾱ_t)·ε
+            # x_t = √ᾱ_t·x + √(1 − ᾱ_t)·ε
+            noisy = self.scheduler.add_noise(x, noise, timestep)
             target = noise
             if self.scheduler.config.prediction_type == "v_prediction":
                 # √ᾱ_t·ε − √(1 − ᾱ_t)·x
@@ -616,13 +618,11 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
         options = {"encoder_attention_mask": extra}
         if "pooled_projection_dim" in self.diffusion.config:  # SD3
             options = {"pooled_projections": extra.to(dtype)}
-        output = self.diffusion(
-            x.to(dtype), timestep=timestep, encoder_hidden_states=cond.to(dtype), **options
-        )
-        return output.sample.float()
+        options["encoder_hidden_states"] = cond.to(dtype)
+        return self.diffusion(x.to(dtype), timestep=timestep, **options).sample.float()
 
     def new_solver(self):
-        """A new solver of the equation that sampling follows: DPM-Solver, or SD3's own."""
+        """A new solver of the equation of sampling: DPM-Solver, or SD3's own."""
         if isinstance(self.scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
             return type(self.scheduler).from_config(self.scheduler.config)
         return diffusers.DPMSolverMultistepScheduler.from_config(self.scheduler.config)
@@ -633,15 +633,15 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
         guidance_scale=None, image_guidance_scale=None, num_images_per_prompt=1,
         height=None, width=None, generator=None, callback=None,
     ):  # fmt: skip
-        """Generate a list of PIL images, `num_images_per_prompt` for each prompt in turn.
+        """Generate PIL images, a list: num_images_per_prompt n for each prompt in turn.
 
-        images: as for `image_lists`. negative_prompt: one, or one for each prompt. What is
-        None is the checkpoint's own, or for height and width `resolution`, in pixels. No
+        images: as for `image_lists`. negative_prompt: one, or one for each prompt. What
+        is None is the checkpoint's own; height and width, in pixels, `resolution`. No
         guidance: guidance_scale g = 1, image_guidance_scale g_img ≤ 1. generator: a
         torch.Generator, or a list of B·n, seeds the noise as in a diffusers pipeline.
-        callback(guess) is called after each step with latents (B·n, C, h, w), the solver's
-        current estimate of the clean latents. Raises InputError for bad arguments, or if
-        the latents are not finite."""
+        callback(guess) is called after each step with the solver's current estimate of
+        the clean latents (B·n, C, h, w). Raises InputError for bad arguments, or if the
+        latents are not finite."""
         if isinstance(prompts, str):
             prompts = [prompts]
         prompts, images = list(prompts), image_lists(prompts, images)
@@ -653,7 +653,7 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
         if image_guidance_scale is None:
             image_guidance_scale = defaults["image_guidance_scale"]
         if not prompts or min(num_inference_steps, num_images_per_prompt) < 1:
-            raise InputError("give at least one prompt, one step and one image per prompt.")
+            raise InputError("give at least one prompt, step and image per prompt.")
         if not np.isfinite([guidance_scale, image_guidance_scale]).all():
             raise InputError("guidance scales must be finite numbers.")
 
@@ -673,13 +673,13 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
         branches = len(all_prompts) // len(prompts)
         h, w = self.latent_size(height, width, images)
         size = (h * self.downsampling, w * self.downsampling)  # pixels
-        cond, extra = self.encode_prompts(all_prompts, all_images, size)  # (branches·B, L, c)
-        cond = repeat(cond, num_images_per_prompt)
+        cond, extra = self.encode_prompts(all_prompts, all_images, size)
+        cond = repeat(cond, num_images_per_prompt)  # (branches·B·n, L, c)
         extra = repeat(extra, num_images_per_prompt)
 
-        # The model has learned the velocity dx_σ/dσ = ε − x. To generate is to follow it
-        # from noise, σ = 1, to an image, σ = 0: an ordinary differential equation, which
-        # is nearly a straight line and so needs few steps of a solver.
+        # The model has learned the velocity dx_σ/dσ = ε − x. To generate, follow it
+        # from noise, σ = 1, to an image, σ = 0: a differential equation, whose
+        # path is nearly a straight line and so needs few steps of a solver.
         solver = self.new_solver()
         solver.set_timesteps(num_inference_steps, device=self.queries.device)
         channels = self.diffusion.config.in_channels
@@ -720,11 +720,13 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
         return sizes
 
     @torch.no_grad()
-    def answer(self, prompt, images=None, max_new_tokens=256, system=None, streamer=None):
+    def answer(
+        self, prompt, images=None, max_new_tokens=256, system=None, streamer=None
+    ):
         """The MLLM's own answer, a string, to a prompt about a list of PIL images.
 
-        No query takes part: it is the untouched MLLM's. With system=SYSTEM_PROMPT it says
-        what it takes a prompt for, in its own words. streamer: transformers', prints it."""
+        No query takes part: it is the untouched MLLM's. With system=SYSTEM_PROMPT it
+        says what it takes a prompt for. streamer: transformers', prints the answer."""
         if images is not None:
             images = [images]
         inputs = to_device(self.format([prompt], images, system), self.queries.device)
@@ -742,7 +744,7 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
         encoded = self.vae.encode(pixels.to(self.vae.dtype))
         if hasattr(encoded, "latent"):  # Sana's autoencoder
             z = encoded.latent
-        elif self.training and sample:  # a KL autoencoder encodes to a normal distribution
+        elif self.training and sample:  # a KL autoencoder's is a distribution
             z = encoded.latent_dist.sample()
         else:
             z = encoded.latent_dist.mode()
@@ -755,12 +757,12 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
         shift = self.vae.config.get("shift_factor") or 0
         z = latents / self.vae.config.scaling_factor + shift
         with self.visit(self.vae):
-            pixels = self.vae.decode(z.to(self.vae.dtype)).sample.float()  # (B, 3, H, W)
-        arrays = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte()
+            pixels = self.vae.decode(z.to(self.vae.dtype)).sample  # (B, 3, H, W)
+        arrays = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte()
         return [Image.fromarray(a) for a in arrays.permute(0, 2, 3, 1).cpu().numpy()]
 
     def trained_state_dict(self):
-        """What a checkpoint holds: queries, connector and what else the config trains."""
+        """What a checkpoint holds: queries, connector, and what else is trained."""
         return {
             name: parameter.detach().contiguous()
             for name, parameter in self.named_parameters()
@@ -770,15 +772,16 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
     def load_trained_state_dict(self, state, source, dtype=None):
         """Load a `trained_state_dict`; raises InputError if it does not fit the config.
 
-        dtype: the weights become these tensors, in this dtype; None: they are copied."""
+        dtype: the weights become these tensors, in it. None: they are copied."""
         expected = self.trained_state_dict()
         if any(name.startswith("diffusion.") for name in state):  # frozen from here on
             expected = self.diffusion.state_dict(prefix="diffusion.") | expected
-        fits = {n for n in expected if n in state and state[n].shape == expected[n].shape}
+        shapes = {name: x.shape for name, x in state.items()}
+        fits = {name for name, x in expected.items() if shapes.get(name) == x.shape}
         wrong = [name for name in expected | state if name not in fits]
         if wrong:
-            reason = f"{len(wrong)} weights of {source} do not fit the config"
-            raise InputError(f"{reason}, first {wrong[0]}: use the flags of its training.")
+            reason = f"{len(wrong)} weights of {source} do not fit, first {wrong[0]}"
+            raise InputError(f"{reason}: use the flags of its training.")
         state = {name: x.to(dtype or x.dtype) for name, x in state.items()}
         self.load_state_dict(state, strict=False, assign=dtype is not None)
 
@@ -787,7 +790,7 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
 
     @classmethod
     def from_config(cls, config, dtype=torch.float32):
-        """A new model, with the parts that a config names: frozen ones in `dtype`, trained
+        """A new model of the parts that a config names: frozen ones in `dtype`, trained
         ones in float32. Raises InputError if a part cannot be loaded."""
         mllm, processor = load_mllm(config, dtype)
         diffusion, vae, scheduler = load_diffusion(config, dtype)
@@ -797,7 +800,7 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
     def from_pretrained(
         cls, folder, dtype=torch.float32, trained_dtype=torch.float32, **changes
     ):
-        """Load a checkpoint, a folder or a hub id; `changes` replace fields of its config.
+        """Load a checkpoint, a folder or hub id; `changes` replace config fields.
 
         Frozen parts are in `dtype`, those that the checkpoint holds in `trained_dtype`.
         Raises InputError if it is missing, corrupt or does not fit the config."""
@@ -808,11 +811,11 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
 
     @classmethod
     def from_state(cls, config, state, source, dtype, trained_dtype=torch.float32):
-        """The model of a config and the trained weights in `state`, read from `source`."""
+        """The model of a config and the trained weights `state`, read from `source`."""
         mllm, processor = load_mllm(config, dtype)
         saved = any(name.startswith("diffusion.") for name in state)
         diffusion, vae, scheduler = load_diffusion(config, dtype, without_weights=saved)
-        with init_empty_weights():  # nothing is initialised that the checkpoint replaces
+        with init_empty_weights():  # the checkpoint's weights come instead
             model = cls(config, mllm, processor, diffusion, vae, scheduler)
         model.load_trained_state_dict(state, source, trained_dtype)
         if not config.train_diffusion:
@@ -842,14 +845,14 @@ def repeat(x, times):
 
 # ---- 5. Loading the parts ------------------------------------------------------------
 def caption_width(diffusion):
-    """c, the width of a diffusion model's text condition: 2304 for Sana, 768 for SD1.5."""
+    """c, the width of a diffusion model's condition: 2304 for Sana, 768 for SD1.5."""
     names = ("caption_channels", "joint_attention_dim", "cross_attention_dim")
     return next(diffusion.config[name] for name in names if diffusion.config.get(name))
 
 
 @contextmanager
 def loading(name, flag):
-    """Turn the errors of loading a part into an InputError; `flag` selects another part."""
+    """Turn errors of loading a part into an InputError; `flag` selects another."""
     try:
         yield
     except InputError:
@@ -861,10 +864,10 @@ def loading(name, flag):
 
 
 def load_weights(part_class, name, flag, **options):
-    """`part_class.from_pretrained`; raises InputError if some weights are not in the files.
+    """`part_class.from_pretrained`; raises InputError if the files lack weights.
 
     The libraries only warn, and leave random numbers in their place."""
-    if part_class is diffusers.AutoModel:  # it cannot tell what is missing: name the class
+    if part_class is diffusers.AutoModel:  # it cannot tell what is missing
         found = part_class.load_config(name, subfolder=options.get("subfolder"))
         part_class = getattr(diffusers, found["_class_name"])
     part, info = part_class.from_pretrained(name, output_loading_info=True, **options)
@@ -879,15 +882,16 @@ def load_weights(part_class, name, flag, **options):
 def load_mllm(config, dtype):
     """(MLLM in evaluation mode, its processor; a text-only MLLM's tokenizer)."""
     name = config.mllm
-    model_class, processor_class = transformers.AutoModelForCausalLM, transformers.AutoTokenizer
+    model_class = transformers.AutoModelForCausalLM
+    processor_class = transformers.AutoTokenizer
     with loading(name, "--mllm"):
         if hasattr(transformers.AutoConfig.from_pretrained(name), "vision_config"):
             model_class = transformers.AutoModelForImageTextToText
             processor_class = transformers.AutoProcessor
         processor = processor_class.from_pretrained(name)
         if not processor.chat_template:
-            fix = "copy chat_template.jinja of its Instruct version into the folder"
-            raise InputError(f"{name} has no chat template: {fix}, or give another --mllm.")
+            fix = "copy its Instruct version's chat_template.jinja, or name another"
+            raise InputError(f"--mllm {name} has no chat template: {fix}.")
         tokenizer = getattr(processor, "tokenizer", processor)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         if config.train_mllm:
@@ -896,7 +900,7 @@ def load_mllm(config, dtype):
 
 
 def load_diffusion(config, dtype, without_weights=False):
-    """(diffusion model, VAE, scheduler): Sana's or SD3's transformer, or SD1.5's UNet."""
+    """(diffusion model, VAE, scheduler): Sana's, SD3's or Stable Diffusion 1.5's."""
     name, load = config.diffusion, diffusers.AutoModel
     with loading(name, "--diffusion"):
         try:
@@ -913,8 +917,9 @@ def load_diffusion(config, dtype, without_weights=False):
             trained_dtype = torch.float32
         if without_weights:  # a checkpoint has them
             settings = load.load_config(name, subfolder=part)
+            diffusion_class = getattr(diffusers, settings["_class_name"])
             with init_empty_weights():
-                diffusion = getattr(diffusers, settings["_class_name"]).from_config(settings)
+                diffusion = diffusion_class.from_config(settings)
         else:
             options = {"subfolder": part, "torch_dtype": trained_dtype}
             diffusion = load_weights(load, name, "--diffusion", **options)
@@ -942,11 +947,13 @@ def portable(config, folder):
 
 
 def save_checkpoint(model, state, folder):
-    """Write what was trained, a `trained_state_dict`; config.json names the frozen parts."""
+    """Write a `trained_state_dict`; config.json names the frozen parts."""
     folder = Path(folder)
-    for name, values in (("config.json", portable(model.config, folder)),
-                         ("generation_config.json", model.generation_config)):  # fmt: skip
-        (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    texts = {"config.json": portable(model.config, folder),
+             "generation_config.json": model.generation_config}  # fmt: skip
+    for name, values in texts.items():
+        text = json.dumps(values, indent=2) + "\n"
+        (folder / name).write_text(text, encoding="utf-8")
     save_file(state, folder / "model.safetensors", {"format": "pt"})
 
 
@@ -968,9 +975,10 @@ def read_checkpoint(folder, changes, config_class=MetaQueryConfig):
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         state = load_file(folder / "model.safetensors")
         for name in ("mllm", "diffusion", "vae"):
-            bases = [base for base in (folder, HERE) if (base / values.get(name, "")).is_dir()]
-            if values.get(name) and bases:
-                values[name] = str(bases[0] / values[name])
+            paths = [base / values.get(name, "") for base in (HERE, folder)]
+            for path in paths:  # the checkpoint's own folder has the last word
+                if values.get(name) and path.is_dir():
+                    values[name] = str(path)
         config = config_class(**(values | changes))
         generation_config = {}
         if (folder / "generation_config.json").exists():

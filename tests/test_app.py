@@ -157,7 +157,7 @@ def test_a_bad_image_is_one_line_and_the_page_goes_on(client, request_of, tmp_pa
 
 
 def test_too_many_images_are_refused_as_by_the_command_line(client, request_of):
-    with pytest.raises(AppError, match="too many images for one prompt: give at most 6."):
+    with pytest.raises(AppError, match="too many images in a prompt: give at most 6."):
         request = request_of("subjects", "all of these", [render(PAIR)] * 7, steps=1)
         client.predict(*request, api_name="/run")
 
