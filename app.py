@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import cli
-from sample import add_generation_options, generate, load_model, open_image, restate
+from sample import add_generation_options, generate, load_model, open_image, restate, unchanged
 from toy.scene import COLORS, Object, Scene, render
 
 BUTTONS = {  # for each mode
@@ -191,11 +191,14 @@ def make_page(model, args):
             text = WORKER.submit(restate, model, prompt, images).result()
             yield gr.skip(), gr.Textbox(text, label="Drawn as"), gr.skip()
             for frames, done in film(model, prompt, images, settings):
-                kept = gr.skip()
+                kept, note = gr.skip(), gr.skip()
                 if done:
                     kept = [(image, prompt or mode) for image in frames]
                     kept += (generated or [])[:23]
-                yield gr.Image(frames[0], alt_text=prompt), gr.skip(), kept
+                    asked = (model, prompt, images, frames[0])
+                    line = WORKER.submit(unchanged, *asked).result()
+                    note = f"{text}\n{line}".strip()
+                yield gr.Image(frames[0], alt_text=prompt), note, kept
 
     def inside(mode, prompt, files):
         """What the queries look at, as HTML."""

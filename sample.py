@@ -237,6 +237,16 @@ def restate(model, prompt, images=()):
     return model.answer(prompt, list(images), max_new_tokens=64, system=SYSTEM_PROMPT)
 
 
+def unchanged(model, prompt, sources, image):
+    """A line for the user if an edit changed nothing, as the MLLM sees it; else ""."""
+    if not prompt or len(sources) != 1:
+        return ""
+    before = restate(model, "", sources)
+    if not before or before != restate(model, "", [image]):
+        return ""
+    return "nothing changed: try other words, such as 'make the star green'"
+
+
 # ---- The command ---------------------------------------------------------------------
 def parse_arguments():
     parser = argparse.ArgumentParser(
@@ -352,8 +362,11 @@ def generate_jobs(model, jobs, args):
         if not out and args.prompts:
             out = cli.free_name("samples")
         out = Path(out or cli.free_name("sample.png"))
-        for job, texts, images in zip(good, notes, results, strict=True):
+        for job, row, texts, images in zip(good, rows, notes, results, strict=True):
             count += len(images)
+            if line := unchanged(model, *row, images[0]):
+                texts["note"] = line
+                print(line, flush=True)
             if out.suffix:
                 sheet += images
                 continue

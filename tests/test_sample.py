@@ -18,7 +18,7 @@ from PIL import Image
 import sample
 from extras.toy_parts.language import answers
 from metaquery import SYSTEM_PROMPT, to_pixels
-from toy.scene import COLORS, SHAPES, Goal, GoalObject, random_scene, score
+from toy.scene import COLORS, SHAPES, Goal, GoalObject, Object, Scene, random_scene, render, score
 from toy.talk import Talk, unseen_question
 from toy.tasks import SIX_KINDS, task
 from toy.words import NUMBERS, describe
@@ -208,6 +208,16 @@ def test_what_the_model_understood_is_said(call, tiny, monkeypatch):
     monkeypatch.setitem(tiny.generation_config, "restates", False)
     assert call("sample", "a brown circle", "--steps", 1)[1] == "saved sample-1.png\n"
     assert "drawn as" not in notes("sample-1.png")
+
+
+@pytest.mark.parametrize("prompt, changed", [("bake a cake", False), ("make it green", True)])
+def test_an_edit_that_changes_nothing_says_so(call, tmp_path, tiny, monkeypatch, prompt, changed):
+    monkeypatch.setitem(tiny.generation_config, "restates", True)
+    render(Scene((Object("star", "red"),))).save(tmp_path / "a.png")
+    source = ("--image", tmp_path / "a.png")
+    code, out, _ = call("sample", prompt, *source, "--out", tmp_path / "b.png")
+    assert code == 0 and ("nothing changed" in out) != changed
+    assert ("note" in notes(tmp_path / "b.png")) != changed
 
 
 def test_a_prompt_is_rewritten_by_the_untouched_mllm(call, tiny, monkeypatch):
