@@ -47,6 +47,9 @@ CSS = """
   #columns {grid-template-columns: 1fr 1fr}
   #result {grid-column: 2; grid-row: 1 / span 2}
 }"""
+# gradio opens its sheet without a tool.
+TAKE_BRUSH = """() => setTimeout(
+  () => document.querySelector('button[aria-label="Brush"]')?.click(), 500)"""
 WORKER = ThreadPoolExecutor(1)  # models are not thread-safe: this one thread runs them
 
 
@@ -263,7 +266,7 @@ def make_page(model, args):
                 with gr.Group(visible=False) as sources:
                     kinds = ["image"]
                     files = gr.Gallery(label="Sources", file_types=kinds, **thumbs)
-                    with gr.Accordion("Paint one", open=False):
+                    with gr.Accordion("Paint one", open=False) as painting:
                         size = (256, 256)
                         sheet = gr.Paint(
                             type="pil", image_mode="RGB", canvas_size=size, brush=brush
@@ -324,6 +327,7 @@ def make_page(model, args):
         mode.change(adapt, mode, changes, **hidden)
         click = [mode, files]
         generated.select(use_generated, [*click, generated], click, **hidden)
+        painting.expand(None, js=TAKE_BRUSH, **hidden)
         paint.click(use_painting, [*click, sheet], files, **hidden)
         chosen.click(use_example, chosen, request, **hidden)
     return page
