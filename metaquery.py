@@ -35,8 +35,8 @@ from accelerate import init_empty_weights
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import ModelHubMixin, snapshot_download
 from PIL import Image, ImageOps
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 from torchvision.transforms.v2 import functional as transforms
 
@@ -804,7 +804,9 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
 
         Frozen parts are in `dtype`, those that the checkpoint holds in `trained_dtype`.
         Raises InputError if it is missing, corrupt or does not fit the config."""
-        config, state, settings = read_checkpoint(folder, changes, cls.config_class)
+        config, state, settings = read_checkpoint(
+            folder, changes, cls.config_class, trained_dtype
+        )
         model = cls.from_state(config, state, folder, dtype, trained_dtype)
         model.generation_config |= settings
         return model
@@ -968,12 +970,25 @@ def find_checkpoint(name):
     return folder
 
 
-def read_checkpoint(folder, changes, config_class=MetaQueryConfig):
-    """(config, trained weights, generation config) of a folder or hub id."""
+def read_weights(path, dtype=None):
+    """{name: tensor} of a safetensors file, in `dtype`; None: as they are stored.
+
+    A file's pages count as memory until it is closed: so it is opened for each."""
+    state = {}
+    with safe_open(path, "pt") as file:
+        names = list(file.keys())
+    for name in names:
+        with safe_open(path, "pt") as file:
+            state[name] = file.get_tensor(name).to(dtype)
+    return state
+
+
+def read_checkpoint(folder, changes, config_class=MetaQueryConfig, dtype=None):
+    """(config, trained weights in `dtype`, generation config) of a folder or hub id."""
     try:
         folder = find_checkpoint(folder)
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        state = load_file(folder / "model.safetensors")
+        state = read_weights(folder / "model.safetensors", dtype)
         for name in ("mllm", "diffusion", "vae"):
             paths = [base / values.get(name, "") for base in (HERE, folder)]
             for path in paths:  # the checkpoint's own folder has the last word
