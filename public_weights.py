@@ -24,6 +24,7 @@ from huggingface_hub.errors import DryRunError
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
+from tqdm import tqdm
 from transformers import SiglipVisionConfig
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
@@ -313,6 +314,11 @@ def shape_of(state, source):
         raise InputError(f"{source} holds another model: {fix}.") from None
 
 
+class NoBar(tqdm):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options | {"disable": True})
+
+
 def is_on_hub(place):
     """Whether a place is the hub's OWNER/REPO or OWNER/REPO/FILE, and nothing here."""
     return place.count("/") in (1, 2) and place[0] not in "./~" and not Path(place).exists()
@@ -328,16 +334,17 @@ def published(name, weights=None):
         place = str(Path(place).absolute())
     elif is_on_hub(place) and place == name:  # its small files tell its kind
         with suppress(OSError, ValueError):
-            folder = snapshot_download(place, allow_patterns="*config.json")
+            folder = snapshot_download(place, allow_patterns="*config.json", tqdm_class=NoBar)
 
-    is_diffusers = Path(folder, "transformer").is_dir()
-    if known.startswith("Skywork/") or is_diffusers and not Path(folder, "config.json").exists():
+    has_config = Path(folder, "config.json").exists()
+    is_unipic2 = known.startswith("Skywork/") or Path(folder, "conditioner").is_dir()
+    if is_unipic2 or Path(folder, "transformer").is_dir() and not has_config:
         return {"family": "unipic2", "mllm": QWEN, "diffusion": place}, place
     if known.endswith(".pth"):  # its name tells the size
         size = next((x for x in OPENUNI if OPENUNI[x][0] in known), "openuni-b-512")
         _, mllm, diffusion = OPENUNI[size]
         return {"mllm": mllm, "diffusion": diffusion, "vae": SANA_VAE}, place
-    if folder != place and not Path(folder, "config.json").exists():
+    if folder != place and not has_config:
         fix = "name a file of it, as OWNER/REPO/FILE.pth"
         raise InputError(f"{place} on the hub is no checkpoint: {fix}.")
     return None
@@ -365,7 +372,7 @@ def fetch(config, place, needs_transformer):
     sizes = Counter()
     for repo, files in needed.values():
         with suppress(DryRunError):  # no network: then what is here may do
-            plan = download(repo, allow_patterns=files, dry_run=True)
+            plan = download(repo, allow_patterns=files, dry_run=True, tqdm_class=NoBar)
             if not plan:
                 raise InputError(f"{repo} on the hub has no {files[0]}: give another.")
             sizes[repo] += sum(file.file_size for file in plan if file.will_download)
@@ -380,6 +387,8 @@ def fetch(config, place, needs_transformer):
         names = ", ".join(repo for repo in sizes if sizes[repo])
         what = f"downloading {names}: {gigabytes:.2f} GB"
         print(f"{what}. Licences: {LICENCES[config.family]}.", file=sys.stderr)
+    else:
+        download = partial(download, tqdm_class=NoBar)
 
     try:
         for flag, (repo, files) in needed.items():
