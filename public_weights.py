@@ -89,8 +89,6 @@ class Frame(PromptFormat):
             if row and self.processor.image_token in (prompt or ""):
                 fix = f"remove {self.processor.image_token} from the prompt"
                 raise InputError(f"the prompt holds a token that stands for images: {fix}.")
-            if len(row) > 1:
-                raise InputError("this model takes one image for a prompt: give one.")
             turn = f"<|im_start|>user\n{self.user(prompt, row)}<|im_end|>\n"
             texts.append(f"{turn}<|im_start|>assistant\n{self.start}")
 
@@ -112,7 +110,7 @@ class OpenUniFrame(Frame):
             seen = self.processor.image_token * self.processor.image_seq_length
             if prompt is None:
                 prompt = "Keep the image as it is."
-            return f"<img>{seen}</img>\n{prompt}"
+            return f"<img>{seen}</img>\n" * len(row) + prompt
         if prompt is None:
             return "Generate an image."
         return f"Generate an image: {prompt.strip()}"
@@ -128,6 +126,8 @@ class OpenUniFrame(Frame):
 
 class UniPic2Frame(Frame):
     def user(self, prompt, row):
+        if len(row) > 1:
+            raise InputError("this model takes one image for a prompt: give one.")
         if row:
             return f"<|vision_start|><|image_pad|><|vision_end|>{prompt or ''}"
         return f"Generate an image: {prompt or ''}"
@@ -294,7 +294,7 @@ def read_weights(path):
             first, dot, rest = name.partition(".")
             state[names.get(first, f"connector.{first}") + dot + rest] = x
     except Exception as error:  # a corrupt file may raise any
-        reason = (str(error).strip() or repr(error)).splitlines()[0][:120]
+        reason = (str(error).strip() or repr(error)).splitlines()[0].split(". ")[0]
         fix = "download it again, or give another file"
         reason = f"cannot read {path}, tensors only ({reason})"
         raise InputError(f"{reason}: {fix}.") from None
@@ -328,13 +328,13 @@ def published(name, weights=None):
     """(fields of the config, place of the weights) of what a name stands for, or None.
 
     name: a public name, a .pth, or a folder or hub id of UniPic2's layout."""
-    place = folder = str(weights or PLACES.get(name, name))
-    known = PLACES.get(name, place)
+    known, folder = PLACES.get(name, name), name
+    place = str(weights or known)
     if Path(place).exists():
         place = str(Path(place).absolute())
-    elif is_on_hub(place) and place == name:  # its small files tell its kind
+    if is_on_hub(name):  # its small files tell its kind
         with suppress(OSError, ValueError):
-            folder = snapshot_download(place, allow_patterns="*config.json", tqdm_class=NoBar)
+            folder = snapshot_download(name, allow_patterns="*config.json", tqdm_class=NoBar)
 
     has_config = Path(folder, "config.json").exists()
     is_unipic2 = known.startswith("Skywork/") or Path(folder, "conditioner").is_dir()
@@ -344,9 +344,12 @@ def published(name, weights=None):
         size = next((x for x in OPENUNI if OPENUNI[x][0] in known), "openuni-b-512")
         _, mllm, diffusion = OPENUNI[size]
         return {"mllm": mllm, "diffusion": diffusion, "vae": SANA_VAE}, place
-    if folder != place and not has_config:
+    if folder != name and not has_config:
         fix = "name a file of it, as OWNER/REPO/FILE.pth"
-        raise InputError(f"{place} on the hub is no checkpoint: {fix}.")
+        raise InputError(f"{name} on the hub is no checkpoint: {fix}.")
+    if folder == name and not Path(name).exists():
+        fix = f"give a folder, a hub id, or one of {', '.join(PLACES)}"
+        raise InputError(f"found no checkpoint {name}: {fix}.")
     return None
 
 
@@ -356,13 +359,14 @@ def fetch(config, place, needs_transformer):
     First it prints what, how many GB, and under which licences. Raises InputError if
     the disk is too small or the network fails."""
     every = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+    diffusion = ["scheduler/*", "transformer/*.json"]
+    if needs_transformer:
+        diffusion[1] = "transformer/*"
+    if not config.vae:
+        diffusion.append("vae/*")
     parts = {"--checkpoint": (place, place.split("/")[2:] or ["conditioner/*"]),
              "--mllm": (config.mllm, every), "--vae": (config.vae, every),
-             "--diffusion": (config.diffusion, ["scheduler/*", "transformer/*.json"])}  # fmt: skip
-    if needs_transformer:
-        parts["--diffusion"][1].append("transformer/*")
-    if not config.vae:
-        parts["--diffusion"][1].append("vae/*")
+             "--diffusion": (config.diffusion, diffusion)}  # fmt: skip
     needed = {  # flag: (repository, files)
         flag: ("/".join(name.split("/")[:2]), files)
         for flag, (name, files) in parts.items() if is_on_hub(name)
@@ -396,7 +400,7 @@ def fetch(config, place, needs_transformer):
             if flag == "--checkpoint":
                 place = Path(folder, *place.split("/")[2:])
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:160]
+        reason = str(error).strip().splitlines()[0].split(". ")[0]
         each = [f"{flag} {' '.join(files)} of huggingface.co/{repo}"
                 for flag, (repo, files) in needed.items()]  # fmt: skip
         fix = f"go online, or place by hand and name by flags: {'; '.join(each)}"
@@ -449,9 +453,12 @@ def load(name, dtype=torch.float32, trained_dtype=torch.float32, weights=None, m
         config, state, settings = metaquery.read_checkpoint(name, changes, PublicConfig)
         config = replace(config, weights=moved(config.weights), diffusion=moved(config.diffusion))
         is_whole = has_diffusion(state)
-        place = config.weights
-        if is_whole:
-            place = ""
+        place = ""
+        if not is_whole:
+            place = config.weights
+        if place and not is_on_hub(place) and not Path(place).exists():
+            fix = f"put it there, or write another place as weights in {path}"
+            raise InputError(f"{place}, with the diffusion model, is gone: {fix}.")
 
     path = fetch(config, place, not is_whole)
     if place:
