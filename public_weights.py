@@ -33,15 +33,15 @@ from metaquery import InputError, MetaQuery, MetaQueryConfig, PromptFormat
 
 QWEN = "Qwen/Qwen2.5-VL-7B-Instruct"
 SANA_VAE = "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers"  # not the one in Sana's folder
-SANA15 = "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers"
 # name: (start of its files' names, MLLM, diffusion model)
 OPENUNI = {
+    "openuni-b-512": ("openuni_b_internvl3_1b_sana_0_6b_512_hf",
+                      "OpenGVLab/InternVL3-1B-hf", metaquery.SANA_600M),
     "openuni-l-512": ("openuni_l_internvl3_2b_sana_1_6b_512_hf",
                       "OpenGVLab/InternVL3-2B-hf", metaquery.SANA),
     "openuni-l-1024": ("openuni_l_internvl3_2b_sana_1_6b_1024_hf",
-                       "OpenGVLab/InternVL3-2B-hf", SANA15),
-    "openuni-b-512": ("openuni_b_internvl3_1b_sana_0_6b_512_hf",
-                      "OpenGVLab/InternVL3-1B-hf", metaquery.SANA_600M),
+                       "OpenGVLab/InternVL3-2B-hf",
+                       "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers"),
 }  # fmt: skip
 PLACES = {  # name: where its weights are on the hub, OWNER/REPO or OWNER/REPO/FILE
     "unipic2": "Skywork/UniPic2-Metaquery-9B",
@@ -88,7 +88,7 @@ class Frame(PromptFormat):
             metaquery.clean_prompt(self.tokenizer, prompt, math.inf)  # refuses no text
             if row and self.processor.image_token in (prompt or ""):
                 fix = f"remove {self.processor.image_token} from the prompt"
-                raise InputError(f"the prompt holds a token that stands for images: {fix}.")
+                raise InputError(f"the prompt has a token that stands for images: {fix}.")
             turn = f"<|im_start|>user\n{self.user(prompt, row)}<|im_end|>\n"
             texts.append(f"{turn}<|im_start|>assistant\n{self.start}")
 
@@ -98,8 +98,8 @@ class Frame(PromptFormat):
         height, width = size or (self.side, self.side)
         images = [metaquery.to_rgb(image) for row in rows for image in row]
         images = [x.resize((width, height), Image.Resampling.BICUBIC) for x in images]
-        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255
-        return self.with_images(texts, images, pixels, options)  # pixels (images, 3, H, W)
+        pixels = torch.from_numpy(np.stack(images)) / 255  # (images, H, W, 3)
+        return self.with_images(texts, images, pixels.permute(0, 3, 1, 2), options)
 
 
 class OpenUniFrame(Frame):
@@ -135,7 +135,8 @@ class UniPic2Frame(Frame):
     def with_images(self, texts, images, pixels, options):
         """The MLLM sees an image at 28/32 of its size; `sources` holds its pixels."""
         if len(images) < len(texts):
-            raise InputError("give every prompt of a batch an image, or none.")
+            fix = "give each an image, or take batches of 1"
+            raise InputError(f"some prompts of a batch have no image: {fix}.")
         height, width = pixels.shape[2:]
         area = (height * 28 // 32) * (width * 28 // 32)
         options["size"] = {"shortest_edge": area, "longest_edge": area}
@@ -226,7 +227,8 @@ class UniPic2(OpenUni):
         }
         if fitted and (height is None or width is None):
             if len(fitted) > 1:
-                raise InputError("sources differ in shape: give height and width.")
+                fix = "give height and width, or take batches of 1"
+                raise InputError(f"the source images differ in shape: {fix}.")
             own_width, own_height = fitted.pop()
             height, width = height or own_height, width or own_width
 
@@ -270,13 +272,9 @@ class UniPic2(OpenUni):
         def leave(_, args):
             return args[0][:, -count:], *args[1:]
 
-        hooks = [model.pos_embed.register_forward_hook(join),
-                 model.norm_out.register_forward_pre_hook(leave)]  # fmt: skip
-        try:
+        joined = model.pos_embed.register_forward_hook(join)
+        with joined, model.norm_out.register_forward_pre_hook(leave):
             return super().denoise(x, timestep, cond, pooled)
-        finally:
-            for hook in hooks:
-                hook.remove()
 
 
 # ---- Files ---------------------------------------------------------------------------
@@ -321,7 +319,8 @@ class NoBar(tqdm):
 
 def is_on_hub(place):
     """Whether a place is the hub's OWNER/REPO or OWNER/REPO/FILE, and nothing here."""
-    return place.count("/") in (1, 2) and place[0] not in "./~" and not Path(place).exists()
+    is_name = place.count("/") in (1, 2) and place[0] not in "./~"
+    return is_name and not Path(place).exists()
 
 
 def published(name, weights=None):
@@ -334,7 +333,8 @@ def published(name, weights=None):
         place = str(Path(place).absolute())
     if is_on_hub(name):  # its small files tell its kind
         with suppress(OSError, ValueError):
-            folder = snapshot_download(name, allow_patterns="*config.json", tqdm_class=NoBar)
+            options = {"allow_patterns": "*config.json", "tqdm_class": NoBar}
+            folder = snapshot_download(name, **options)
 
     has_config = Path(folder, "config.json").exists()
     is_unipic2 = known.startswith("Skywork/") or Path(folder, "conditioner").is_dir()
@@ -416,11 +416,14 @@ def moved(place):
     """A place of weights; the hub's of the same last name where a local one is gone."""
     if Path(place).exists():
         return place
-    return {Path(known).name: known for known in PLACES.values()}.get(Path(place).name, place)
+    known = {Path(place).name: place for place in PLACES.values()}
+    return known.get(Path(place).name, place)
 
 
-def load(name, dtype=torch.float32, trained_dtype=torch.float32, weights=None, mixins=(),
-         **changes):  # fmt: skip
+def load(
+    name, dtype=torch.float32, trained_dtype=torch.float32, weights=None, mixins=(),
+    **changes,
+):  # fmt: skip
     """The MetaQuery of a public name, folder, hub id or .pth. Raises InputError.
 
     Frozen parts are in `dtype`, those that a fine-tuning trains in `trained_dtype`.
@@ -447,11 +450,13 @@ def load(name, dtype=torch.float32, trained_dtype=torch.float32, weights=None, m
         name = metaquery.find_checkpoint(str(name))
         path = Path(name, "config.json")
         if not path.is_file() or b'"family"' not in path.read_bytes():
-            return of_class(MetaQuery).from_pretrained(name, dtype, trained_dtype, **changes)
+            metaquery_class = of_class(MetaQuery)
+            return metaquery_class.from_pretrained(name, dtype, trained_dtype, **changes)
         if weights:
             changes["weights"] = str(weights)
         config, state, settings = metaquery.read_checkpoint(name, changes, PublicConfig)
-        config = replace(config, weights=moved(config.weights), diffusion=moved(config.diffusion))
+        config.diffusion = moved(config.diffusion)
+        config.weights = moved(config.weights)
         is_whole = has_diffusion(state)
         place = ""
         if not is_whole:

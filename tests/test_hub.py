@@ -213,9 +213,12 @@ def public(files, parts, tmp_path):  # noqa: F811
     }
 
 
-def load_all(names, environment):
-    """(what was printed of each model's weights, {name: what stderr says while it is loaded})."""
-    made = run([sys.executable, "-c", LOAD, *map(str, names)], **environment)
+def load_all(names, environment, first=""):
+    """(what was printed of each model's weights, {name: what stderr says while it is loaded}).
+
+    first: a line of Python that runs before.
+    """
+    made = run([sys.executable, "-c", f"{first}\n{LOAD}", *map(str, names)], **environment)
     assert made.returncode == 0, made.stderr
     said = {}
     for part in made.stderr.split("name: ")[1:]:
@@ -288,6 +291,9 @@ def test_what_cannot_be_fetched_is_one_line(hub, public):
     assert "OWNER/REPO/FILE.pth" in said["wusize/openuni"][0]
     assert "InternVL3-1B-hf" in said["openuni-b-512"][-1] and "--mllm" in said["openuni-b-512"][-1]
     assert "me/nothing" in said["me/nothing"][0]
+    full = "import shutil; shutil.disk_usage = lambda _: shutil._ntuple_diskusage(9, 9, 0)"
+    _, said = load_all(["unipic2"], environment, full)
+    assert len(said["unipic2"]) == 1 and "GB free" in said["unipic2"][0]
     dead = environment | {"HF_ENDPOINT": "http://127.0.0.1:9"}
     _, said = load_all(["unipic2"], dead | {"HF_HOME": environment["HF_HOME"] + "2"})
     (line,) = said["unipic2"]
