@@ -20,7 +20,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import DryRunError
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -85,10 +84,10 @@ class Frame(PromptFormat):
 
         texts, rows = [], metaquery.image_lists(prompts, images)
         for prompt, row in zip(prompts, rows, strict=True):
-            metaquery.clean_prompt(self.tokenizer, prompt, math.inf)  # refuses no text
+            metaquery.clean_prompt(self.tokenizer, prompt, math.inf)  # it must be text
             if row and self.processor.image_token in (prompt or ""):
                 fix = f"remove {self.processor.image_token} from the prompt"
-                raise InputError(f"the prompt has a token that stands for images: {fix}.")
+                raise InputError(f"the prompt has a token that means an image: {fix}.")
             turn = f"<|im_start|>user\n{self.user(prompt, row)}<|im_end|>\n"
             texts.append(f"{turn}<|im_start|>assistant\n{self.start}")
 
@@ -332,7 +331,7 @@ def published(name, weights=None):
     if Path(place).exists():
         place = str(Path(place).absolute())
     if is_on_hub(name):  # its small files tell its kind
-        with suppress(OSError, ValueError):
+        with suppress(Exception):
             options = {"allow_patterns": "*config.json", "tqdm_class": NoBar}
             folder = snapshot_download(name, **options)
 
@@ -375,11 +374,12 @@ def fetch(config, place, needs_transformer):
 
     sizes = Counter()
     for repo, files in needed.values():
-        with suppress(DryRunError):  # no network: then what is here may do
+        plan = None
+        with suppress(Exception):  # without a network what is here may do
             plan = download(repo, allow_patterns=files, dry_run=True, tqdm_class=NoBar)
-            if not plan:
-                raise InputError(f"{repo} on the hub has no {files[0]}: give another.")
-            sizes[repo] += sum(file.file_size for file in plan if file.will_download)
+        if plan == []:
+            raise InputError(f"{repo} on the hub has no {files[0]}: give another.")
+        sizes[repo] += sum(file.file_size for file in plan or () if file.will_download)
     gigabytes = sizes.total() / 1e9
     cache = Path(constants.HF_HUB_CACHE)
     cache = next(path for path in (cache, *cache.parents) if path.exists())
@@ -399,8 +399,8 @@ def fetch(config, place, needs_transformer):
             folder = download(repo, allow_patterns=files)
             if flag == "--checkpoint":
                 place = Path(folder, *place.split("/")[2:])
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0].split(". ")[0]
+    except Exception as error:  # the hub's client raises many kinds
+        reason = (str(error).strip() or repr(error)).splitlines()[0].split(". ")[0]
         each = [f"{flag} {' '.join(files)} of huggingface.co/{repo}"
                 for flag, (repo, files) in needed.items()]  # fmt: skip
         fix = f"go online, or place by hand and name by flags: {'; '.join(each)}"
@@ -450,8 +450,8 @@ def load(
         name = metaquery.find_checkpoint(str(name))
         path = Path(name, "config.json")
         if not path.is_file() or b'"family"' not in path.read_bytes():
-            metaquery_class = of_class(MetaQuery)
-            return metaquery_class.from_pretrained(name, dtype, trained_dtype, **changes)
+            plain = of_class(MetaQuery)
+            return plain.from_pretrained(name, dtype, trained_dtype, **changes)
         if weights:
             changes["weights"] = str(weights)
         config, state, settings = metaquery.read_checkpoint(name, changes, PublicConfig)

@@ -400,7 +400,7 @@ def test_prompts_are_neither_cut_nor_changed(files, parts, family):
         model.format(["a \ud800"])
     token = model.processor.image_token
     assert len(model.format([token])["input_ids"])
-    with pytest.raises(InputError, match="stands for images"):
+    with pytest.raises(InputError, match="means an image"):
         model.format([f"a {token}"], [[noise_image(60, 40)]])
 
 
