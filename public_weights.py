@@ -6,55 +6,53 @@ The method is metaquery.py's. What differs is here: the prompt's frame, the conn
 the noise levels of the loss, and how UniPic2 edits.
 """
 
+import math
 import shutil
 import sys
-from dataclasses import dataclass
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from huggingface_hub import constants, hf_hub_download, snapshot_download
-from huggingface_hub import try_to_load_from_cache as cached
+from huggingface_hub import constants, snapshot_download
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
+from tqdm import tqdm
 from transformers import SiglipVisionConfig
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
 import metaquery
 from metaquery import InputError, MetaQuery, MetaQueryConfig, PromptFormat
 
-# hub id: (a file of it, GB to download; of Sana its transformer alone)
-INTERNVL, QWEN = "OpenGVLab/InternVL3-{}B-hf", "Qwen/Qwen2.5-VL-7B-Instruct"
-SANA, SANA15 = metaquery.SANA, "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers"
+QWEN = "Qwen/Qwen2.5-VL-7B-Instruct"
 SANA_VAE = "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers"  # not the one in Sana's folder
-GIGABYTES = {INTERNVL.format(1): 1.88, INTERNVL.format(2): 4.2, QWEN: 16.6,
-             SANA_VAE: 1.25, metaquery.SANA_600M: 2.4, SANA: 6.4, SANA15: 6.4}  # fmt: skip
-# name: (MLLM, diffusion model, file, GB of the fine-tuned and the pre-trained file)
-SIZES = {
-    "openuni-b-512": (INTERNVL.format(1), metaquery.SANA_600M,
-                      "openuni_b_internvl3_1b_sana_0_6b_512_hf", 1.29, 0.11),
-    "openuni-l-512": (INTERNVL.format(2), SANA,
-                      "openuni_l_internvl3_2b_sana_1_6b_512_hf", 3.66, 0.45),
-    "openuni-l-1024": (INTERNVL.format(2), SANA15,
-                       "openuni_l_internvl3_2b_sana_1_6b_1024_hf", 3.66, 0.45),
+# name: (start of its files' names, MLLM, diffusion model)
+OPENUNI = {
+    "openuni-b-512": ("openuni_b_internvl3_1b_sana_0_6b_512_hf",
+                      "OpenGVLab/InternVL3-1B-hf", metaquery.SANA_600M),
+    "openuni-l-512": ("openuni_l_internvl3_2b_sana_1_6b_512_hf",
+                      "OpenGVLab/InternVL3-2B-hf", metaquery.SANA),
+    "openuni-l-1024": ("openuni_l_internvl3_2b_sana_1_6b_1024_hf",
+                       "OpenGVLab/InternVL3-2B-hf",
+                       "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers"),
 }  # fmt: skip
-UNIPIC2 = {"unipic2": "Skywork/UniPic2-Metaquery-9B",
-           "unipic2-grpo": "Skywork/UniPic2-Metaquery-GRPO-9B"}  # fmt: skip
-FOLDERS = ("transformer", "vae", "conditioner", "scheduler")
+PLACES = {  # name: where its weights are on the hub, OWNER/REPO or OWNER/REPO/FILE
+    "unipic2": "Skywork/UniPic2-Metaquery-9B",
+    "unipic2-grpo": "Skywork/UniPic2-Metaquery-GRPO-9B",
+}
+for _name, (_start, *_) in OPENUNI.items():
+    PLACES[_name] = f"wusize/openuni/{_start}_blip3o60k.pth"
+    PLACES[f"{_name}-pretrained"] = f"wusize/openuni/{_start}_text2image23m.pth"
 LICENCES = {
     "openuni": "OpenUni states none (code: non-commercial), Sana: NVIDIA's",
     "unipic2": "UniPic2: MIT, SD3.5: Stability's community licence",
 }
-# How they generate. Without guidance by images: the images are in both branches.
-DEFAULTS = {
-    "openuni": {"num_inference_steps": 20, "guidance_scale": 4.5,
-                "image_guidance_scale": 1.0},
-    "unipic2": {"num_inference_steps": 50, "guidance_scale": 3.5,
-                "image_guidance_scale": 1.0, "height": 512, "width": 384},
-}  # fmt: skip
 
 
 @dataclass
@@ -65,30 +63,33 @@ class PublicConfig(MetaQueryConfig):
     weights: str = ""  # OpenUni's file, if it holds the diffusion model too
     connector_width: int = 64
     connector_mlp: int = 256
+    # OpenUni's MLLM was trained and is run with rotary frequencies rounded to bfloat16.
     round_rotary: bool = True
+    # UniPic2 counts an image's tokens as its published script, or "3d" as Qwen2.5-VL.
     picture_positions: Literal["1d", "3d"] = "1d"
 
 
 # ---- The prompt's frame: a user turn without a system message ------------------------
 class Frame(PromptFormat):
-    """The frame of both families; `size` is the image's (height, width) in pixels."""
+    """The frame of both families; `size` is the image's (height, width) in pixels.
+
+    As in their code, prompts are not cut, and special tokens in them stay."""
 
     start = ""  # text that begins the answer, before the queries
-    side = 512  # where no size is given; the diffusion model's own
+    side = 512  # pixels, where no size is given: the diffusion model's own
 
     def __call__(self, prompts, images=None, system=metaquery.SYSTEM_PROMPT, size=None):
         if system is None:  # a question for the MLLM itself
             return super().__call__(prompts, images, None)
-        rows = metaquery.image_lists(prompts, images)
-        if any(len(row) > 1 for row in rows):
-            raise InputError("this model takes one image for a prompt: give one.")
 
-        texts = []
+        texts, rows = [], metaquery.image_lists(prompts, images)
         for prompt, row in zip(prompts, rows, strict=True):
-            if prompt is not None:  # the families do not limit it to 256 tokens
-                prompt = metaquery.clean_prompt(self.tokenizer, prompt, 4096)
-            user = f"<|im_start|>user\n{self.user(prompt, row)}<|im_end|>\n"
-            texts.append(f"{user}<|im_start|>assistant\n{self.start}")
+            metaquery.clean_prompt(self.tokenizer, prompt, math.inf)  # it must be text
+            if row and self.processor.image_token in (prompt or ""):
+                fix = f"remove {self.processor.image_token} from the prompt"
+                raise InputError(f"the prompt has a token that means an image: {fix}.")
+            turn = f"<|im_start|>user\n{self.user(prompt, row)}<|im_end|>\n"
+            texts.append(f"{turn}<|im_start|>assistant\n{self.start}")
 
         options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
         if not any(rows):
@@ -96,9 +97,8 @@ class Frame(PromptFormat):
         height, width = size or (self.side, self.side)
         images = [metaquery.to_rgb(image) for row in rows for image in row]
         images = [x.resize((width, height), Image.Resampling.BICUBIC) for x in images]
-        arrays = np.stack([np.asarray(image) for image in images])
-        pixels = torch.from_numpy(arrays).permute(0, 3, 1, 2) / 255  # (images, 3, H, W)
-        return self.with_images(texts, images, pixels, options)
+        pixels = torch.from_numpy(np.stack(images)) / 255  # (images, H, W, 3)
+        return self.with_images(texts, images, pixels.permute(0, 3, 1, 2), options)
 
 
 class OpenUniFrame(Frame):
@@ -109,7 +109,7 @@ class OpenUniFrame(Frame):
             seen = self.processor.image_token * self.processor.image_seq_length
             if prompt is None:
                 prompt = "Keep the image as it is."
-            return f"<img>{seen}</img>\n{prompt}"
+            return f"<img>{seen}</img>\n" * len(row) + prompt
         if prompt is None:
             return "Generate an image."
         return f"Generate an image: {prompt.strip()}"
@@ -125,6 +125,8 @@ class OpenUniFrame(Frame):
 
 class UniPic2Frame(Frame):
     def user(self, prompt, row):
+        if len(row) > 1:
+            raise InputError("this model takes one image for a prompt: give one.")
         if row:
             return f"<|vision_start|><|image_pad|><|vision_end|>{prompt or ''}"
         return f"Generate an image: {prompt or ''}"
@@ -132,7 +134,8 @@ class UniPic2Frame(Frame):
     def with_images(self, texts, images, pixels, options):
         """The MLLM sees an image at 28/32 of its size; `sources` holds its pixels."""
         if len(images) < len(texts):
-            raise InputError("give every prompt of a batch an image, or none.")
+            fix = "give each an image, or take batches of 1"
+            raise InputError(f"some prompts of a batch have no image: {fix}.")
         height, width = pixels.shape[2:]
         area = (height * 28 // 32) * (width * 28 // 32)
         options["size"] = {"shortest_edge": area, "longest_edge": area}
@@ -149,13 +152,13 @@ class PublicConnector(nn.Module):
     def __init__(self, config, d, c, pooled):
         super().__init__()
         width = config.connector_width
-        heads = max(1, width // metaquery.HEAD_DIM)
-        layers = SiglipVisionConfig(
+        settings = SiglipVisionConfig(
             hidden_size=width, intermediate_size=config.connector_mlp,
-            num_hidden_layers=config.connector_layers, num_attention_heads=heads,
-            attn_implementation="sdpa",
+            num_hidden_layers=config.connector_layers, attn_implementation="sdpa",
+            num_attention_heads=max(1, width // metaquery.HEAD_DIM),
         )  # fmt: skip
-        self.connector = SiglipEncoder(layers)
+        self.connector = SiglipEncoder(settings)
+        self.pooled = pooled
         if pooled:
             self.projector_1 = nn.Linear(d, width)
             self.projector_2 = nn.Linear(width, pooled)
@@ -163,9 +166,13 @@ class PublicConnector(nn.Module):
         else:
             self.projector = nn.Linear(width, c)
 
+    @property
+    def layers(self):
+        return self.connector.layers
+
     def forward(self, x, mask=None):
         """x (B, N, d). Returns (B, N, c), and for UniPic2 (B, pooled)."""
-        if hasattr(self, "projector"):
+        if not self.pooled:
             return self.projector(self.connector(x).last_hidden_state)
         x = self.connector(self.projector_1(x)).last_hidden_state  # (B, N, width)
         return self.projector_3(x), self.projector_2(x.mean(1))
@@ -176,6 +183,9 @@ class OpenUni(MetaQuery):
 
     config_class = PublicConfig
     format_class = OpenUniFrame
+    # How it generates. Without guidance by images: the images are in both branches.
+    settings = {"num_inference_steps": 20, "guidance_scale": 4.5,
+                "image_guidance_scale": 1.0}  # fmt: skip
 
     def new_connector(self, d):
         self.format.side = self.resolution
@@ -189,9 +199,9 @@ class OpenUni(MetaQuery):
 
     def load_trained_state_dict(self, state, source, dtype=None):
         """As MetaQuery's; a diffusion model that no file replaces is its folder's."""
-        for name, x in self.diffusion.state_dict(prefix="diffusion.").items():
-            if self.config.train_diffusion and not x.is_meta and dtype:
-                state.setdefault(name, x)
+        if self.config.train_diffusion:
+            parts = self.diffusion.state_dict(prefix="diffusion.")
+            state = {name: x for name, x in parts.items() if not x.is_meta} | state
         try:
             super().load_trained_state_dict(state, source, dtype)
         except InputError as error:
@@ -203,6 +213,8 @@ class UniPic2(OpenUni):
     """Qwen2.5-VL and Stable Diffusion 3.5; edits with the source's latents too."""
 
     format_class = UniPic2Frame
+    settings = {"num_inference_steps": 50, "guidance_scale": 3.5,
+                "image_guidance_scale": 1.0, "height": 512, "width": 384}  # fmt: skip
     sigma_of = MetaQuery.sigma_of
 
     def latent_size(self, height, width, images=()):
@@ -214,7 +226,8 @@ class UniPic2(OpenUni):
         }
         if fitted and (height is None or width is None):
             if len(fitted) > 1:
-                raise InputError("sources differ in shape: give height and width.")
+                fix = "give height and width, or take batches of 1"
+                raise InputError(f"the source images differ in shape: {fix}.")
             own_width, own_height = fitted.pop()
             height, width = height or own_height, width or own_width
 
@@ -258,13 +271,9 @@ class UniPic2(OpenUni):
         def leave(_, args):
             return args[0][:, -count:], *args[1:]
 
-        hooks = [model.pos_embed.register_forward_hook(join),
-                 model.norm_out.register_forward_pre_hook(leave)]  # fmt: skip
-        try:
+        joined = model.pos_embed.register_forward_hook(join)
+        with joined, model.norm_out.register_forward_pre_hook(leave):
             return super().denoise(x, timestep, cond, pooled)
-        finally:
-            for hook in hooks:
-                hook.remove()
 
 
 # ---- Files ---------------------------------------------------------------------------
@@ -282,7 +291,7 @@ def read_weights(path):
             first, dot, rest = name.partition(".")
             state[names.get(first, f"connector.{first}") + dot + rest] = x
     except Exception as error:  # a corrupt file may raise any
-        reason = (str(error).strip() or repr(error)).splitlines()[0][:120]
+        reason = (str(error).strip() or repr(error)).splitlines()[0].split(". ")[0]
         fix = "download it again, or give another file"
         reason = f"cannot read {path}, tensors only ({reason})"
         raise InputError(f"{reason}: {fix}.") from None
@@ -302,137 +311,173 @@ def shape_of(state, source):
         raise InputError(f"{source} holds another model: {fix}.") from None
 
 
-def announce(config, repo="", file="", size=0):
-    """Print what will be downloaded; raises InputError if the disk is too small for it.
+class NoBar(tqdm):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options | {"disable": True})
 
-    repo, file, size: the weights' hub id, a file of theirs, and GB; the rest of what is
-    needed is the parts that the config names."""
-    needed = [(repo, file, size)]
-    for part in ("mllm", "vae", "diffusion"):
-        name, file = config.get(part, ""), "config.json"
-        if part == "diffusion":
-            file = "transformer/config.json"
-        needed.append((name, file, GIGABYTES.get(name, 0)))
-    missing = [x for x in needed if x[2] and not cached(x[0], x[1])]
-    sizes = {name: size for name, _, size in missing}
-    if not sizes or constants.HF_HUB_OFFLINE:
-        return
 
-    cache = Path(constants.HF_HUB_CACHE).absolute()
+def is_on_hub(place):
+    """Whether a place is the hub's OWNER/REPO or OWNER/REPO/FILE, and nothing here."""
+    is_name = place.count("/") in (1, 2) and place[0] not in "./~"
+    return is_name and not Path(place).exists()
+
+
+def published(name, weights=None):
+    """(fields of the config, place of the weights) of what a name stands for, or None.
+
+    name: a public name, a .pth, or a folder or hub id of UniPic2's layout."""
+    known, folder = PLACES.get(name, name), name
+    place = str(weights or known)
+    if Path(place).exists():
+        place = str(Path(place).absolute())
+    if is_on_hub(name):  # its small files tell its kind
+        with suppress(Exception):
+            options = {"allow_patterns": "*config.json", "tqdm_class": NoBar}
+            folder = snapshot_download(name, **options)
+
+    has_config = Path(folder, "config.json").exists()
+    is_unipic2 = known.startswith("Skywork/") or Path(folder, "conditioner").is_dir()
+    if is_unipic2 or Path(folder, "transformer").is_dir() and not has_config:
+        return {"family": "unipic2", "mllm": QWEN, "diffusion": place}, place
+    if known.endswith(".pth"):  # its name tells the size
+        size = next((x for x in OPENUNI if OPENUNI[x][0] in known), "openuni-b-512")
+        _, mllm, diffusion = OPENUNI[size]
+        return {"mllm": mllm, "diffusion": diffusion, "vae": SANA_VAE}, place
+    if folder != name and not has_config:
+        fix = "name a file of it, as OWNER/REPO/FILE.pth"
+        raise InputError(f"{name} on the hub is no checkpoint: {fix}.")
+    if folder == name and not Path(name).exists():
+        fix = f"give a folder, a hub id, or one of {', '.join(PLACES)}"
+        raise InputError(f"found no checkpoint {name}: {fix}.")
+    return None
+
+
+def fetch(config, place, needs_transformer):
+    """The path here of a place of weights; downloads what is missing of all parts.
+
+    First it prints what, how many GB, and under which licences. Raises InputError if
+    the disk is too small or the network fails."""
+    every = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+    diffusion = ["scheduler/*", "transformer/*.json"]
+    if needs_transformer:
+        diffusion[1] = "transformer/*"
+    if not config.vae:
+        diffusion.append("vae/*")
+    parts = {"--checkpoint": (place, place.split("/")[2:] or ["conditioner/*"]),
+             "--mllm": (config.mllm, every), "--vae": (config.vae, every),
+             "--diffusion": (config.diffusion, diffusion)}  # fmt: skip
+    needed = {  # flag: (repository, files)
+        flag: ("/".join(name.split("/")[:2]), files)
+        for flag, (name, files) in parts.items() if is_on_hub(name)
+    }  # fmt: skip
+    download = partial(snapshot_download, ignore_patterns=["*.fp16*", "*.bf16*"])
+
+    sizes = Counter()
+    for repo, files in needed.values():
+        plan = None
+        with suppress(Exception):  # without a network what is here may do
+            plan = download(repo, allow_patterns=files, dry_run=True, tqdm_class=NoBar)
+        if plan == []:
+            raise InputError(f"{repo} on the hub has no {files[0]}: give another.")
+        sizes[repo] += sum(file.file_size for file in plan or () if file.will_download)
+    gigabytes = sizes.total() / 1e9
+    cache = Path(constants.HF_HUB_CACHE)
     cache = next(path for path in (cache, *cache.parents) if path.exists())
-    free, total = shutil.disk_usage(cache).free / 1e9, sum(sizes.values())
-    if free < total:
-        reason = f"{total:.1f} GB to download, {free:.1f} GB free in {cache}"
+    free = shutil.disk_usage(cache).free / 1e9
+    if free < gigabytes:
+        reason = f"{gigabytes:.1f} GB to download, {free:.1f} GB free in {cache}"
         raise InputError(f"{reason}: free some, or set HF_HOME to another disk.")
-    what = f"downloading {', '.join(sizes)}: {total:.1f} GB"
-    print(f"{what}. Licences: {LICENCES[config['family']]}.", file=sys.stderr)
+    if gigabytes:
+        names = ", ".join(repo for repo in sizes if sizes[repo])
+        what = f"downloading {names}: {gigabytes:.2f} GB"
+        print(f"{what}. Licences: {LICENCES[config.family]}.", file=sys.stderr)
+    else:
+        download = partial(download, tqdm_class=NoBar)
 
-
-def fetch(repo, file=""):
-    """The path here of a hub's file, or of UniPic2's folders. Raises InputError."""
     try:
-        if file:
-            return hf_hub_download(repo, file)
-        return snapshot_download(repo, allow_patterns=[f"{name}/*" for name in FOLDERS])
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:160]
-        files = file or f"the folders {', '.join(FOLDERS)}"
-        fix = f"go online, or get {files} from huggingface.co/{repo} and give their "
-        fix += "place as --checkpoint, and folders as --mllm, --diffusion and --vae"
+        for flag, (repo, files) in needed.items():
+            folder = download(repo, allow_patterns=files)
+            if flag == "--checkpoint":
+                place = Path(folder, *place.split("/")[2:])
+    except Exception as error:  # the hub's client raises many kinds
+        reason = (str(error).strip() or repr(error)).splitlines()[0].split(". ")[0]
+        each = [f"{flag} {' '.join(files)} of huggingface.co/{repo}"
+                for flag, (repo, files) in needed.items()]  # fmt: skip
+        fix = f"go online, or place by hand and name by flags: {'; '.join(each)}"
         raise InputError(f"cannot download {repo} ({reason}): {fix}.") from None
+    return place
 
 
-def openuni(name, weights, config):
-    """(config, weights) by a public name, a local .pth, or OWNER/REPO/FILE.pth."""
-    if name.endswith(".pth"):
-        weights = weights or name
-    size = name.removesuffix("-pretrained")
-    if size not in SIZES:  # a file: its name tells
-        size = next((x for x in SIZES if SIZES[x][2] in name), "openuni-b-512")
-    mllm, diffusion, file, *gigabytes = SIZES[size]
-    is_pretrained = name.endswith("-pretrained") or "text2image23m" in name
-    repo, file = "wusize/openuni", file + "_blip3o60k.pth"
-    if is_pretrained:
-        file = file.replace("blip3o60k", "text2image23m")
-    if weights and not Path(weights).exists() and str(weights).count("/") == 2:
-        repo, file = str(weights).rsplit("/", 1)
-        weights = None
-
-    parts = {"mllm": mllm, "diffusion": diffusion, "vae": SANA_VAE}
-    config = {"family": "openuni"} | parts | config
-    needed = dict(config)
-    if not is_pretrained:  # the file holds the transformer
-        needed.pop("diffusion")
-    if weights is None:
-        announce(needed, repo, file, gigabytes[is_pretrained])
-    else:
-        announce(needed)
-
-    path = weights or fetch(repo, file)
-    state = read_weights(path)
-    if any(key.startswith("diffusion.") for key in state):
-        config["weights"] = f"{repo}/{file}"
-        if weights:
-            config["weights"] = str(Path(weights).absolute())
-    return shape_of(state, path) | config, state
+def has_diffusion(state):
+    return any(name.startswith("diffusion.") for name in state)
 
 
-def unipic2(name, weights, config):
-    """(config, weights) by a public name or a folder of UniPic2's layout."""
-    if name not in UNIPIC2:
-        weights = weights or name
-    config = {"family": "unipic2", "mllm": QWEN} | config
-    folder = weights
-    if weights is None:
-        announce(config, UNIPIC2[name], "conditioner/config.json", 6.9)
-        folder = fetch(UNIPIC2[name])
-    else:
-        announce(config)
-    state = read_weights(Path(folder, "conditioner"))
-    return shape_of(state, folder) | {"diffusion": str(folder)} | config, state
+def moved(place):
+    """A place of weights; the hub's of the same last name where a local one is gone."""
+    if Path(place).exists():
+        return place
+    known = {Path(place).name: place for place in PLACES.values()}
+    return known.get(Path(place).name, place)
 
 
 def load(
-    name, dtype=torch.float32, weights=None, mllm=None, diffusion=None, vae=None,
-    round_rotary=True, picture_positions="1d", trained_dtype=torch.float32, **changes,
+    name, dtype=torch.float32, trained_dtype=torch.float32, weights=None, mixins=(),
+    **changes,
 ):  # fmt: skip
     """The MetaQuery of a public name, folder, hub id or .pth. Raises InputError.
 
     Frozen parts are in `dtype`, those that a fine-tuning trains in `trained_dtype`.
-    weights: the files of a public name, here. mllm, diffusion, vae: hub ids or folders;
-    None: the checkpoint's. round_rotary: OpenUni's MLLM was trained and is run with its
-    rotary frequencies rounded to bfloat16. picture_positions: how UniPic2 counts the
-    tokens of an image, "1d" as its published script, or "3d" as Qwen2.5-VL. changes:
-    fields of the config."""
-    name = str(name)
-    parts = {"mllm": mllm, "diffusion": diffusion, "vae": vae}
-    changes |= {part: str(place) for part, place in parts.items() if place}
-    new = {"round_rotary": round_rotary, "picture_positions": picture_positions} | changes
-    if name.removesuffix("-pretrained") in SIZES or name.endswith(".pth"):
-        config, state = openuni(name, weights, new)
-    elif name in UNIPIC2 or Path(name, "conditioner").is_dir():
-        config, state = unipic2(name, weights, new)
-    else:
-        folder = metaquery.find_checkpoint(name)
-        if Path(folder, "conditioner").is_dir():  # a hub id of UniPic2's layout
-            return load(folder, dtype, trained_dtype=trained_dtype, **new)
-        path = Path(folder, "config.json")
-        if not path.is_file() or '"family"' not in path.read_text(encoding="utf-8"):
-            return MetaQuery.from_pretrained(folder, dtype, trained_dtype, **changes)
-        saved = metaquery.read_checkpoint(folder, changes, PublicConfig)
-        config, state, settings = saved
-        if config.weights and not any(key.startswith("diffusion.") for key in state):
-            path = config.weights
-            if not Path(path).exists() and path.count("/") == 2:
-                path = fetch(*path.rsplit("/", 1))
-            state = read_weights(path) | state
+    weights: a public name's files, here. mixins: classes that the model's class is to
+    inherit from as well. changes: fields of PublicConfig, such as mllm, diffusion and
+    vae, hub ids or folders; None: the checkpoint's."""
+    changes = {key: value for key, value in changes.items() if value is not None}
+    for part in changes.keys() & {"mllm", "diffusion", "vae"}:
+        changes[part] = str(changes[part])
 
-    if not isinstance(config, PublicConfig):
-        config = PublicConfig(**config)
-        folder, settings = weights or name, DEFAULTS[config.family]
-    model_class = {"openuni": OpenUni, "unipic2": UniPic2}[config.family]
-    model = model_class.from_state(config, state, folder, dtype, trained_dtype)
-    model.generation_config |= settings
+    def of_class(model_class):
+        if mixins:
+            return type(model_class.__name__, (*mixins, model_class), {})
+        return model_class
+
+    state, settings = {}, {}
+    if found := published(str(name), weights):
+        fields, place = found
+        config = PublicConfig(**(fields | changes))
+        is_whole = "blip3o60k" in place
+        if Path(place).is_file():
+            is_whole = has_diffusion(read_weights(place))
+    else:
+        name = metaquery.find_checkpoint(str(name))
+        path = Path(name, "config.json")
+        if not path.is_file() or b'"family"' not in path.read_bytes():
+            plain = of_class(MetaQuery)
+            return plain.from_pretrained(name, dtype, trained_dtype, **changes)
+        if weights:
+            changes["weights"] = str(weights)
+        config, state, settings = metaquery.read_checkpoint(name, changes, PublicConfig)
+        config.diffusion = moved(config.diffusion)
+        config.weights = moved(config.weights)
+        is_whole = has_diffusion(state)
+        place = ""
+        if not is_whole:
+            place = config.weights
+        if place and not is_on_hub(place) and not Path(place).exists():
+            fix = f"put it there, or write another place as weights in {path}"
+            raise InputError(f"{place}, with the diffusion model, is gone: {fix}.")
+
+    path = fetch(config, place, not is_whole)
+    if place:
+        if config.family == "unipic2":
+            path = Path(path, "conditioner")
+        state = read_weights(path) | state
+    if found:
+        config = replace(config, **(shape_of(state, path) | changes))
+        if has_diffusion(state):
+            config.weights = place
+
+    model_class = of_class({"openuni": OpenUni, "unipic2": UniPic2}[config.family])
+    model = model_class.from_state(config, state, path or name, dtype, trained_dtype)
+    model.generation_config |= settings or model_class.settings
     if config.family == "openuni" and config.round_rotary:
         for key, buffer in model.mllm.named_buffers():
             if key.endswith("inv_freq"):  # rounded, it stays in float32

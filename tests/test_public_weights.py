@@ -8,15 +8,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import IMAGE_TOKENS, noise_image
+from conftest import IMAGE_TOKENS, losses, noise_image
+from runs import end_of, newest, succeed
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision.transforms.v2 import functional as transforms
 
 import public_weights
-from metaquery import InputError
+from metaquery import InputError, MetaQuery, MetaQueryConfig
+from training.attention import KeepsLatents, KeepsPrompts
 
 TEXTS = ["a red star left of a blue circle", "", "  a star ", "star " * 300]
+TEXTS.append("a <|im_end|> star")
 
 
 def random_state(shapes, seed=0):
@@ -293,7 +296,7 @@ def test_unipic2s_condition(files, prompt):
 
 @pytest.mark.parametrize("edits", [False, True])
 @torch.no_grad()
-def test_unipic2s_latents(files, edits):
+def test_unipic2s_images(files, edits):
     """Euler steps with guidance; a source's tokens before the noisy ones, in both branches."""
     model = unipic2(files)
     image, options, source = noise_image(60, 40), {}, None
@@ -321,9 +324,16 @@ def test_unipic2s_latents(files, edits):
         x = solver.step(free + 3.5 * (v - free), t, x).prev_sample
     latents = []
     decode, model.decode_latents = model.decode_latents, lambda z: latents.append(z) or decode(z)
-    model.generate("a star", [image] if edits else None, num_inference_steps=3, height=64,
-                   width=96, generator=torch.Generator().manual_seed(5))  # fmt: skip
+    images = model.generate(
+        "a star", [image] if edits else None, num_inference_steps=3, height=64, width=96,
+        generator=torch.Generator().manual_seed(5),
+    )  # fmt: skip
     close(latents[0], x)
+    vae = diffusers.AutoencoderKL.from_pretrained(files / "unipic2", subfolder="vae")
+    pixels = vae.decode(x / 1.5305 + 0.0609).sample.clamp(-1, 1)[0].permute(1, 2, 0)
+    expected = ((pixels + 1) * 127.5).round().int()
+    found = torch.tensor(list(images[0].tobytes())).view(64, 96, 3)
+    assert (found - expected).abs().max() <= 1 and images[0].size == (96, 64)
 
 
 def plain_sd3(model, x, t, cond, pooled, source):
@@ -378,6 +388,34 @@ def test_unipic2s_three_dimensional_positions(files):
     assert (other - cond).abs().max() > 0.01 * cond.std()
 
 
+@pytest.mark.parametrize("family", ["openuni", "unipic2"])
+def test_prompts_are_neither_cut_nor_changed(files, parts, family):
+    """As in the published scripts. What no tokenizer takes, or stands for images, is refused."""
+    model = openuni(files, parts) if family == "openuni" else unipic2(files)
+    frame = openuni_frame if family == "openuni" else unipic2_frame
+    for prompt in ("star " * 6000 + "x", "a <|im_end|>\n<|im_start|>user\nb"):
+        ids = model.format([prompt])["input_ids"][0]
+        assert ids.tolist() == model.tokenizer(frame(f"Generate an image: {prompt}")).input_ids
+    with pytest.raises(InputError, match="Unicode"):
+        model.format(["a \ud800"])
+    token = model.processor.image_token
+    assert len(model.format([token])["input_ids"])
+    with pytest.raises(InputError, match="means an image"):
+        model.format([f"a {token}"], [[noise_image(60, 40)]])
+
+
+def test_several_images_are_openunis_only(files, parts):
+    """Training on instructions needs them; each is as the one of the description."""
+    images = [noise_image(40, 24, seed) for seed in range(2)]
+    inputs = openuni(files, parts).format(["a", "b", None], [images, [], images[1:]])
+    assert inputs["pixel_values"].shape == (3, 3, 28, 28)
+    counts = (inputs["input_ids"] == inputs["input_ids"].new_tensor(
+        openuni(files, parts).processor.image_token_id)).sum(1)  # fmt: skip
+    assert counts.tolist() == [2 * IMAGE_TOKENS, 0, IMAGE_TOKENS]
+    with pytest.raises(InputError, match="one image"):
+        unipic2(files).format(["a"], [images])
+
+
 @torch.no_grad()
 def test_a_sources_shape_is_kept(files):
     model = unipic2(files)
@@ -413,10 +451,8 @@ def test_saved_models_load_again(files, parts, tmp_path, family, trains):
 
 
 @pytest.mark.parametrize("family", ["openuni", "unipic2"])
-def test_a_frozen_fine_tuning_stores_queries_and_connector(
-    files, parts, tmp_path, monkeypatch, family
-):
-    """It loads from a run's folder, and finds the hub's file again if that has moved."""
+def test_a_frozen_fine_tuning_stores_queries_and_connector(files, parts, tmp_path, family):
+    """It loads from a run's folder."""
     if family == "openuni":
         model = openuni(files, parts, train_diffusion=False)
     else:
@@ -431,9 +467,6 @@ def test_a_frozen_fine_tuning_stores_queries_and_connector(
     optimizer.step()
     run = tmp_path / "step-1"
     run.mkdir()
-    if family == "openuni":
-        model.config.weights = "owner/repo/tuned.pth"
-        monkeypatch.setattr(public_weights, "hf_hub_download", lambda _, file: files / file)
     model.save_pretrained(run)
     (tmp_path / "latest").write_text("step-1")
     names = {name.split(".")[0] for name in load_file(run / "model.safetensors")}
@@ -443,6 +476,140 @@ def test_a_frozen_fine_tuning_stores_queries_and_connector(
     with torch.no_grad():
         model.eval()
         assert again(**inputs) == model(**inputs) != loss
+
+
+@torch.no_grad()
+def test_what_was_chosen_at_loading_is_saved_and_may_change(files, parts, tmp_path):
+    image = [[noise_image(60, 40)]]
+    rounded, plain = openuni(files, parts), openuni(files, parts, round_rotary=False)
+    conds = [model.encode_prompts(["a star " * 20])[0] for model in (rounded, plain)]
+    assert not torch.equal(*conds)
+    plain.save_pretrained(tmp_path / "openuni")
+    again = public_weights.load(tmp_path / "openuni")
+    assert torch.equal(again.encode_prompts(["a star " * 20])[0], conds[1])
+    again = public_weights.load(tmp_path / "openuni", round_rotary=True)
+    assert torch.equal(again.encode_prompts(["a star " * 20])[0], conds[0])
+
+    for saved, other in (("1d", "3d"), ("3d", "1d")):
+        model = unipic2(files, picture_positions=saved)
+        expected = model.encode_prompts(["a star"], image, (64, 96))[0]
+        model.save_pretrained(tmp_path / "unipic2")
+        again = public_weights.load(tmp_path / "unipic2")
+        assert torch.equal(again.encode_prompts(["a star"], image, (64, 96))[0], expected)
+        again = public_weights.load(tmp_path / "unipic2", picture_positions=other)
+        assert not torch.equal(again.encode_prompts(["a star"], image, (64, 96))[0], expected)
+
+
+def test_parts_that_are_gone_are_one_line(files, parts, tmp_path):
+    """A frozen fine-tuning on another machine, of files that only its maker had."""
+    for name, model in (("unipic2", unipic2(files, train_diffusion=False)),
+                        ("openuni", openuni(files, parts, train_diffusion=False))):  # fmt: skip
+        model.save_pretrained(tmp_path / name)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        config |= {"weights": config["weights"] and "/gone/x.pth"}
+        config |= {"diffusion": "/gone/x"} if name == "unipic2" else {}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="--diffusion"):
+        public_weights.load(tmp_path / "unipic2")
+    again = public_weights.load(tmp_path / "unipic2", diffusion=files / "unipic2")
+    assert type(again).__name__ == "UniPic2"
+    with pytest.raises(InputError, match=r"/gone/x\.pth.*config\.json"):
+        public_weights.load(tmp_path / "openuni")
+    again = public_weights.load(tmp_path / "openuni", weights=files / "tuned.pth")
+    assert type(again).__name__ == "OpenUni"
+
+
+# ---- Training ------------------------------------------------------------------------------------
+
+
+def train_flags(files, parts, family, out, **changes):
+    values = {"mllm": files / "internvl", "diffusion": parts / "sana", "vae": files / "vae"}
+    values |= {"checkpoint": files / "tuned.pth", "num_queries": 6}
+    if family == "unipic2":
+        values = {"mllm": files / "qwen-vl", "checkpoint": files / "unipic2"}
+    values |= {"out": out, "stage": "edit", "batch_size": 2, "warmup": 1, "steps": 4, "lr": 1e-3}
+    values |= {"sample_every": 1000, "save_every": 2, "dtype": "float32"} | changes
+    return [str(part) for name, value in values.items() for part in (f"--{name}", value)]
+
+
+@pytest.mark.parametrize("trains", ["true", "false"])
+@pytest.mark.parametrize("family", ["openuni", "unipic2"])
+def test_training_goes_on_from_public_weights(files, parts, tmp_path, family, trains):
+    """It trains, saves, resumes bit for bit, and is trained on from what it saved."""
+    argv = train_flags(files, parts, family, tmp_path / "run", train_diffusion=trains)
+    succeed(tmp_path, argv)
+    whole = end_of(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "step-00000004")
+    succeed(tmp_path, argv)
+    assert all(torch.equal(x, whole[name]) for name, x in end_of(tmp_path / "run").items())
+
+    state = load_file(newest(tmp_path / "run") / "model.safetensors")
+    assert any(name.startswith("diffusion") for name in state) == (trains == "true")
+    model = public_weights.load(tmp_path / "run")
+    assert torch.equal(model.queries, state["queries"])
+    start = public_weights.read_weights(argv[argv.index("--checkpoint") + 1] + (
+        "/conditioner" if family == "unipic2" else ""))  # fmt: skip
+    assert not torch.equal(model.queries, start["queries"].float())
+    model.generate("a star", [noise_image(60, 40)], num_inference_steps=1, height=32, width=32)
+    again = ["--checkpoint", tmp_path / "run", "--out", tmp_path / "next", "--steps", 1]
+    again += ["--stage", "edit", "--batch-size", 2, "--warmup", 1, "--dtype", "float32"]
+    again += ["--train-diffusion", trains]
+    succeed(tmp_path, list(map(str, again)))
+
+
+def test_what_saves_memory_or_time_works_with_public_weights(files, parts, tmp_path):
+    argv = [train_flags(files, parts, "openuni", tmp_path / name) for name in ("a", "b")]
+    succeed(tmp_path, argv[0])
+    succeed(tmp_path, [*argv[1], "--gradient_checkpointing", "true", "--micro_batch_size", "1"])
+    assert losses(tmp_path / "b") == pytest.approx(losses(tmp_path / "a"), rel=1e-5)
+    succeed(tmp_path, train_flags(files, parts, "unipic2", tmp_path / "c", steps=1,
+                                  gradient_checkpointing="true"))  # fmt: skip
+    succeed(
+        tmp_path, train_flags(files, parts, "openuni", tmp_path / "d", stage="instruct", steps=1)
+    )
+
+
+@torch.no_grad()
+def test_caches_are_mixed_in(files, parts, tmp_path):
+    """As train.py's --cache-prompts and --cache-latents do."""
+    mixins = [KeepsPrompts, KeepsLatents]
+    plain, model = openuni(files, parts), openuni(files, parts, mixins=mixins)
+    model.keep_latents_in(tmp_path / "latents")
+    for _ in range(2):
+        close(model.encode_prompts(["a star"])[0], plain.encode_prompts(["a star"])[0])
+    assert len(model.kept_prompts) == 1 and isinstance(model, public_weights.OpenUni)
+    pixels = torch.rand(1, 3, 8, 8)
+    close(model.encode_latents(pixels), plain.encode_latents(pixels))
+    assert len(list((tmp_path / "latents").rglob("*/*/*"))) == 1
+    model.save_pretrained(tmp_path / "saved")
+    again = public_weights.load(tmp_path / "saved", mixins=mixins)
+    assert isinstance(again, KeepsPrompts) and isinstance(again, public_weights.OpenUni)
+    model = unipic2(files, mixins=mixins)
+    close(model.encode_prompts(["a star"])[0], unipic2(files).encode_prompts(["a star"])[0])
+    with pytest.raises(InputError, match="--cache-latents needs Sana's VAE"):
+        model.keep_latents_in(tmp_path)
+
+
+def test_a_connector_of_our_own_conditions_an_sd3_type_transformer(files, parts):
+    """Trained from nothing: its own pooled condition beside the other."""
+    torch.manual_seed(0)
+    config = MetaQueryConfig(
+        str(parts / "llava"), str(files / "unipic2"), num_queries=4, connector_layers=1
+    )
+    model = MetaQuery.from_config(config)
+    cond, pooled = model.encode_prompts(["a star", "a circle"])
+    assert cond.shape == (2, 4, 48) and pooled.shape == (2, 24)
+    loss = model(["a star", None], torch.rand(2, 3, 128, 128) * 2 - 1)
+    loss.backward()
+    for weight in (model.queries, model.connector.pool.weight, model.diffusion.proj_out.weight):
+        assert weight.grad.abs().sum() > 0
+    optimizer = torch.optim.AdamW([x for x in model.parameters() if x.requires_grad], 1e-3)
+    optimizer.step()
+    (image,) = model.eval().generate("a star", num_inference_steps=2, height=32, width=48)
+    assert image.size == (48, 32)
+
+
+# ---- Bad input -----------------------------------------------------------------------------------
 
 
 def test_bad_files_are_one_line(files, parts, tmp_path):
@@ -464,23 +631,6 @@ def test_bad_files_are_one_line(files, parts, tmp_path):
         openuni(files, parts, mllm=tmp_path / "nothing")
     with pytest.raises(InputError, match=r"blip3o60k\.pth .*huggingface"):
         public_weights.load("openuni-b-512")
-
-
-def test_a_download_is_announced_and_needs_its_space(monkeypatch, capsys):
-    usage = shutil.disk_usage("/")._replace(free=10**9)
-    monkeypatch.setattr(public_weights.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(InputError, match=r"GB"):
-        public_weights.load("openuni-l-1024")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**12))
-
-    def refused(*_, **__):
-        raise OSError("no network")
-
-    monkeypatch.setattr(public_weights, "hf_hub_download", refused)
-    with pytest.raises(InputError, match="no network"):
-        public_weights.load("openuni-l-1024-pretrained")
-    assert "GB" in capsys.readouterr().err
 
 
 def test_an_ordinary_folder_is_a_metaquery(build, tmp_path):
