@@ -37,13 +37,18 @@ from toy.tasks import task
 from toy.words import describe
 
 SYSTEM = {"role": "system", "content": SYSTEM_PROMPT}
+# A user's text begins with a space, unless images stand before it: the tokenizer knows each word
+# by the space before it, and "blue" without one is another token, which is rarely trained.
 CHAT_TEMPLATE = """{%- for message in messages -%}
 {{ '<|im_start|>' + message['role'] + '\n' }}
 {%- if message['content'] is string -%}
 {{ message['content'] }}
 {%- else -%}
 {%- for part in message['content'] -%}
-{%- if part['type'] == 'image' -%}{{ '<image>' }}{%- else -%}{{ part['text'] }}{%- endif -%}
+{%- if part['type'] == 'image' -%}{{ '<image>' }}
+{%- elif message['role'] == 'user' and part['text'] and loop.first -%}{{ ' ' + part['text'] }}
+{%- else -%}{{ part['text'] }}
+{%- endif -%}
 {%- endfor -%}
 {%- endif -%}
 {{ '<|im_end|>\n' }}
