@@ -15,7 +15,7 @@ from functools import partial
 from toy import scene as world
 from toy import wordings
 from toy import words as vocabulary
-from toy.edits import EDITS, Choice, add, move, replaced
+from toy.edits import EDITS, SHORT_EDITS, Choice, add, add_anywhere, change_group, move, replaced
 from toy.scene import Goal, GoalObject, Object, Pair, Scene, place_objects, random_pair, render
 from toy.words import RELATIONS, SIDES, WHERE, counted, describe, plural, refer, with_article
 
@@ -298,6 +298,175 @@ def free_edit(rng):
                 return made
 
 
+def first_edit(rng, makers):
+    """A picture and an edit that leaves something open: "make both green", "remove a cross".
+
+    As often as not several of the objects are alike, as in pictures that are drawn from words.
+    """
+    make_edit = rng.choice(makers)
+    while True:
+        scene = world.random_scene(rng)
+        if rng.random() < 0.4:
+            color, shape = random_pair(rng)
+            alike = rng.choice(({"color": color, "shape": shape}, {"shape": shape}))
+            objects = tuple(replace(item, **alike) for item in scene.objects)
+            scene = replace(scene, objects=objects)
+        item = rng.choice(scene.objects)
+        edited = make_edit(rng, Choice(scene, item, refer(rng, scene, item), random_pair(rng), ()))
+        if edited is None:
+            continue
+        words, target = edited
+        pairs = {(o.color, o.shape) for o in (*scene.objects, *target.objects)}
+        if target.objects and not pairs & world.HELD_OUT:
+            return replace(_draw_as_it_is(words, target, [scene]), goal=_open_goal(scene, target))
+
+
+def _open_goal(before, after):
+    """The goal to show the objects of a scene, at their places if none of them was to move."""
+    goal = world.goal_of(after)
+    if len(before.objects) == len(after.objects) and {(o.x, o.y) for o in before.objects} == {
+        (o.x, o.y) for o in after.objects
+    }:
+        return goal
+    objects = tuple(replace(wanted, place=None) for wanted in goal.objects)
+    return replace(goal, objects=objects)
+
+
+def lists(rng):
+    """ "red star, blue circle", "a star and a square, both red", "a blue star and a red one"."""
+    number = rng.choice((1, 2, 2, 2, 2, 2, 3))
+    pairs = []
+    while len(pairs) < number:
+        pair = random_pair(rng, taken=pairs)
+        if pair.shape not in [other.shape for other in pairs]:
+            pairs.append(pair)
+    case = rng.choice(("bare", "bare", "bare", "article", "related", "one colour", "one shape"))
+    if case in ("one colour", "one shape"):
+        color, shape = pairs[0]
+        same = [Pair(color, pair.shape) for pair in pairs]
+        if case == "one shape":
+            others = rng.sample(list(world.COLORS), number)
+            same = [Pair(color, shape) for color in others]
+        if set(same) & world.HELD_OUT or number == 1:
+            return lists(rng)
+        pairs = same
+    names = [_name(pair) for pair in pairs]
+    articles = [with_article(name) for name in names]
+    relation, layout, places = None, None, None
+    joint = rng.choice((", ", ", ", " and ", " and ", " + ", " & ", "; ", ",", " "))
+
+    words = joint.join(names)
+    if case == "article":
+        words = rng.choice((", ", ", ", ",", "; ", ", and ")).join(articles)
+    elif case == "related" and number == 2:
+        relation = rng.choice(tuple(RELATIONS))
+        places = SIDES[relation]
+        layout = LINES[places[0]]
+        words = f" {rng.choice(RELATIONS[relation])} ".join(names)
+    elif case == "one colour":
+        shapes = [pair.shape for pair in pairs]
+        phrase = " and ".join(map(with_article, shapes))
+        phrase = rng.choice((phrase, " and ".join(shapes), ", ".join(map(with_article, shapes))))
+        ways = ("{}, both {c}", "{}, all {c}", "{}, all in {c}", "{c}: {}", "{} in {c}", "{c} {}")
+        if number == 3:
+            ways = ("{}, all {c}", "{}, all in {c}", "{}, all three {c}", "{c}: {}")
+        words = rng.choice(ways).format(phrase, c=pairs[0].color)
+    elif case == "one shape":
+        colors = [pair.color for pair in pairs]
+        *first, last = colors
+        told = f"{', '.join(first)} and {last}"
+        ones = f"{with_article(colors[0])} {shape}"
+        ones += "".join(f" and {with_article(color)} one" for color in colors[1:])
+        ways = (f"{counted(number, shape)}: {told}", f"{told} {plural(shape)}", ones)
+        ways += (f"{counted(number, shape)}, one {' and one '.join(colors)}",)
+        words = rng.choice(ways)
+    plain = f" {relation} ".join(articles)
+    if relation is None:
+        plain = " and ".join(filter(None, (", ".join(articles[:-1]), articles[-1])))
+    target = place_objects(rng, pairs, layout, places)
+    return Task(_first_words(rng, words), target, _goal(pairs, relation=relation), plain)
+
+
+def _first_words(rng, words):
+    """A prompt as it is first typed: mostly bare, at times as a request."""
+    if rng.random() < 0.7:
+        return wordings.written(rng, words)
+    return wordings.ask(rng, words)
+
+
+def nearest(rng):
+    """ "a turquoise star", "five circles", "a square that is not red": the nearest thing."""
+    pair = random_pair(rng)
+    color, shape = pair
+    thing, form = rng.choice(tuple(vocabulary.NEAR_SHAPES.items()))
+    tint, near_color = rng.choice(tuple(vocabulary.NEAR_COLORS.items()))
+    known, known_color = rng.choice(tuple(vocabulary.LOOSE_FACTS.items()))
+    made_up = wordings.made_up_word(rng)
+    cases = ("tint", "thing", "bare thing", "many", "not", "no", "made up", "fact", "size")
+    case = rng.choice(cases)
+    color_case = {"tint": near_color, "fact": known_color}.get(case, color)
+    pairs, coloured = [Pair(color_case, shape)], True
+
+    if case == "tint":
+        words = f"{tint} {shape}"
+    elif case == "thing":
+        pairs = [Pair(color, form)] * rng.choice((1, 1, 1, 2, 3))
+        words = f"{color} {thing}"
+        if len(pairs) > 1:
+            words = counted(len(pairs), words)
+    elif case == "bare thing":
+        pairs, coloured = [Pair(color, form)], False
+        words = thing
+    elif case == "many":
+        pairs, coloured = [pair] * 4, rng.random() < 0.7
+        words = f"{rng.choice(vocabulary.MANY)} {plural(_name(pair, coloured))}"
+    elif case == "not":
+        allowed = [c for c in world.COLORS if c != color and (c, shape) not in world.HELD_OUT]
+        pairs = [Pair(allowed[0], shape)]
+        ways = ("{} that is not {}", "{}, but not {}", "{} that isn't {}", "{}, not {}")
+        ways += ("{} which is not {}", "{} in any colour but {}", "non-{1} {0}")
+        words = rng.choice(ways).format(shape, color)
+    elif case == "no":
+        words = rng.choice(("no {}", "no {s}", "nothing", "an empty picture", "without {s}"))
+        empty = Scene((), rng.choice(("white", "white", "black")))
+        words = words.format(shape, s=plural(shape))
+        if empty.background != "white":
+            words += f" on a {empty.background} background"
+        return _draw_as_it_is(_first_words(rng, words), empty)
+    elif case == "made up":
+        pairs, coloured = [Pair(color, "circle")], rng.random() < 0.7
+        words = made_up
+        if coloured:
+            words = rng.choice((f"{color} {made_up}", f"{color} {made_up}", color))
+    elif case == "fact":
+        ways = ("{} the colour of {}", "{} the color of {}", "{} as {color} as {}", "{} like {}")
+        words = rng.choice(ways).format(shape, known, color=known_color)
+    else:
+        pairs = list(_different_pairs(rng, True))
+        first, second = map(_name, pairs)
+        words = f"a big {first} and a small {second}"
+        if rng.random() < 0.7:
+            joints = ("bigger than", "smaller than", "inside", "behind", "in front of", "or")
+            words = f" {rng.choice(joints)} ".join(map(with_article, (first, second)))
+    if set(pairs) & world.HELD_OUT:
+        return nearest(rng)
+    if len(pairs) == 1 and rng.random() < 0.6:
+        words = with_article(words)
+
+    ground = "white"
+    if rng.random() < 0.1:
+        ground = rng.choice(("grey", "black"))
+        words += f" on a {ground} background"
+    plain = counted(len(pairs), _name(pairs[0], coloured))
+    if case == "size":
+        plain = f"{with_article(first)} and {with_article(second)}"
+    if ground != "white":
+        plain += f" on a {ground} background"
+    target = place_objects(rng, pairs, background=ground)
+    goal = replace(_goal(pairs, coloured), background=ground)
+    return Task(_first_words(rng, words), target, goal, plain)
+
+
 def free_dense(rng):
     """ "a red star in the centre and a blue circle at the bottom left": what a free edit leaves."""
     target = free_edit(rng).target
@@ -413,14 +582,20 @@ MAKERS = {
     "free wordings": free_wording,
     "free edit": free_edit,
     "free dense": free_dense,
+    "lists": lists,
+    "nearest": nearest,
+    "plural edit": partial(first_edit, makers=(change_group,)),
+    "add anywhere": partial(first_edit, makers=(add_anywhere,)),
+    "short edit": partial(first_edit, makers=SHORT_EDITS),
 }
 KINDS = tuple(MAKERS)
 SIX_KINDS = ("single object", "two objects", "counting", "colors", "position", "attribution")
 # The kinds of the benchmark: prompts alone, and prompts with pictures.
 TEXT_KINDS = (*SIX_KINDS, "dense", "knowledge", "commonsense", "held-out")
-TEXT_KINDS += ("two colours", "free wordings")
+TEXT_KINDS += ("two colours", "free wordings", "lists", "nearest")
 PICTURE_KINDS = ("reconstruction", "edit", "one subject", "two subjects", "three subjects")
 PICTURE_KINDS += ("association", "free edit")
+FIRST_EDITS = ("plural edit", "add anywhere", "short edit")
 # The kinds that captions are trained on, with weights.
 CAPTION_KINDS = {"single object": 2, "colors": 3, "two objects": 2, "counting": 3}
 CAPTION_KINDS |= {"position": 4, "attribution": 3, "dense": 4}
@@ -441,6 +616,7 @@ def task(kind, index, seed=0, split="train"):
         if made.sources or kind == "held-out" or for_test == (split == "test"):
             return made
 
+
 # The tasks of each training stage of train.py, with weights. The last stage repeats all that came
 # before it, so that nothing is forgotten.
 MIXTURES = {
@@ -452,5 +628,7 @@ MIXTURES = {
                  "colors": 1, "two objects": 2, "counting": 3, "position": 3, "attribution": 3,
                  "dense": 3, "crowded dense": 8, "edit": 12, "crowded edit": 26, "one subject": 14,
                  "two subjects": 16, "three subjects": 1, "association": 6,
-                 "free wordings": 40, "two colours": 8, "free edit": 16, "free dense": 10},
+                 "free wordings": 30, "two colours": 8, "free edit": 16, "free dense": 10,
+                 "lists": 14, "nearest": 14, "plural edit": 16, "add anywhere": 16,
+                 "short edit": 16},
 }  # fmt: skip
