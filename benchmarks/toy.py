@@ -7,8 +7,8 @@ nothing else; for edits also what was changed and what was kept, for reconstruct
 signal-to-noise ratio, and the share of questions that the MLLM answers word for word.
 
 The last rows are what a visitor meets first: a colour and a shape without an article; edits of
-images that the model itself generated; and first-contact prompts, of which an image is right, the
-nearest that this world has, or misleading, if it is neither and not what the MLLM says either.
+images that the model itself generated; and first-contact prompts. An image of those is right, the
+nearest that this world has, or misleading: neither of them, and not what the MLLM says it drew.
 """
 
 import argparse

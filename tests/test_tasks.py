@@ -97,7 +97,9 @@ def test_picture_kinds_are_scored_exactly(kind):
     ]
     assert len(wrong) > 40 and not any(wrong)
     for s in made:
-        assert 1 <= len(s.sources) <= 3 and (kind == "reconstruction") == (not s.prompt)
+        assert 1 <= len(s.sources) <= 3 and (kind in ("reconstruction", "painted")) == (
+            not s.prompt
+        )
         if "subject" in kind:
             subject = s.sources[0].objects[0]
             assert subject.color not in s.prompt or subject.shape not in s.prompt

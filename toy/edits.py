@@ -54,18 +54,23 @@ def reshape(rng, choice):
     return words, replaced(choice.scene, [item], [replace(item, shape=shape)])
 
 
+def placed(rng, scene, new, place):
+    """The scene with one more object near a place, of the size that the others have."""
+    layout = world.layout_of(scene)
+    if place not in world.LAYOUTS[layout].places:
+        layout = "corners"  # of small objects
+    return replaced(scene, [], place_objects(rng, [new], layout, [place]).objects)
+
+
 def add(rng, choice):
     """ "put a blue circle on the left"."""
     if not choice.free:
         return None
     place = rng.choice(choice.free)
-    layout = world.layout_of(choice.scene)
-    if place not in world.LAYOUTS[layout].places:
-        layout = "corners"  # of small objects
-    added = place_objects(rng, [choice.new], layout, [place]).objects
+    edited = placed(rng, choice.scene, choice.new, place)
     verb = rng.choice(("add", "put", "place", "draw"))
     words = f"{verb} {with_article(f'{choice.new.color} {choice.new.shape}')} {WHERE[place]}"
-    return words, replaced(choice.scene, [], added)
+    return words, edited
 
 
 def remove(rng, choice):
@@ -184,10 +189,7 @@ def with_one_more(rng, scene, new, place=None):
     The others stay if the place has room; otherwise they move aside, and large ones shrink.
     """
     if place in world.roomy_places(scene):
-        layout = world.layout_of(scene)
-        if place not in world.LAYOUTS[layout].places:
-            layout = "corners"
-        edited = replaced(scene, [], place_objects(rng, [new], layout, [place]).objects)
+        edited = placed(rng, scene, new, place)
         if world.score(world.render(edited), world.goal_of(edited, exact=True)):
             return edited
 
