@@ -5,10 +5,16 @@
 prints, for each kind of task, the share of images that show everything that is asked for and
 nothing else; for edits also what was changed and what was kept, for reconstructions the peak
 signal-to-noise ratio, and the share of questions that the MLLM answers word for word.
+
+The last rows are what a visitor meets first: a colour and a shape without an article; edits of
+images that the model itself generated; and first-contact prompts. An image of those is right, the
+nearest that this world has, or misleading: neither of them, and not what the MLLM says it drew.
 """
 
 import argparse
 import json
+import random
+import re
 import time
 from pathlib import Path
 
@@ -16,12 +22,105 @@ import numpy as np
 from tqdm import tqdm
 
 import cli
-from sample import add_generation_options, generate, grid, load_model, save_image
-from toy.scene import edit_score, score
+from sample import add_generation_options, generate, grid, load_model, restate, save_image
+from toy.scene import COLORS, SHAPES, Goal, GoalObject, edit_score, goal_of, score
 from toy.talk import unseen_question
-from toy.tasks import PICTURE_KINDS, SIX_KINDS, TEXT_KINDS, task
+from toy.tasks import FIRST_EDITS, PICTURE_KINDS, SIX_KINDS, TEXT_KINDS, task
+from toy.words import NUMBERS, describe
 
 SHOWN = 10  # cases of each kind in the grid of --out
+BARE_WORDS = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
+# What people type first | the images that are right | the nearest ones that this world has.
+FIRST_CONTACT = """
+the sun in the sky | | a yellow thing
+a smiling face | | a circle, or a yellow thing
+my dog | | a thing
+a cat sitting on a mat | | a thing, or two things
+two green hearts side by side | | two green things
+a house with a red roof | | a red thing, or a square, or a square and a triangle
+a stop sign | | a red thing
+an apple tree in spring | | a triangle, or a green thing, or a red thing
+a traffic light | | a thing, or three things
+a bunch of flowers | | a star, or two stars, or three stars, or four stars
+a snowman | | a thing, or two circles, or three circles
+the letter x | | a cross
+a plus sign in blue | a blue cross | a blue thing, or a cross
+one pizza slice | a triangle | a thing
+an old chess board | a square | a thing
+the wheel of a car | a circle | a thing
+a red ball next to a blue box | a red circle and a blue square | a red thing and a blue thing
+eight orange squares in a row | | four orange squares
+a hundred stars | | four stars, or two stars, or three stars
+a bunch of purple circles | | two purple circles, or three purple circles, or four purple circles
+ten little triangles | | four triangles
+a star which isn't blue at all | a non-blue star |
+any square, just not a red one | a non-red square |
+a completely empty page | nothing |
+no circles, please | nothing | a thing
+red star; then blue circle | a red star and a blue circle |
+one red star. one blue circle. | a red star and a blue circle |
+a star, a circle, and a square, all of them red | a red star and a red circle and a red square |
+pink star / brown cross | a pink star and a brown cross |
+orange triangle vs purple diamond | an orange triangle and a purple diamond |
+a star and a square - both of them red | a red star and a red square |
+2 crosses: 1 red, 1 blue | a red cross and a blue cross |
+circles in red, green and blue | a red circle and a green circle and a blue circle |
+stars in yellow and in blue | a yellow star and a blue star |
+blue circle on top, red square at the bottom | a blue circle above a red square |
+green diamond to the right of yellow cross | a green diamond right of a yellow cross |
+YELLOW STAR!!! NOW!!! | a yellow star |
+blu circle | a blue circle |
+purpel triangle | a purple triangle |
+a cirle in green | a green circle |
+ein roter stern | a red star | a thing
+un círculo azul | a blue circle | a thing
+a circle the same colour as the sky | a blue circle |
+a banana-coloured star | a yellow star |
+a square as red as blood | a red square |
+something round and green | a green circle | a green thing
+something with three corners | a triangle | a thing
+a blue thing | a blue thing |
+hello there | | a thing
+testing 123 | | a thing, or two things, or three things
+surprise me | | a thing, or two things, or three things, or four things
+red!!! | a red thing |
+a big yellow star with a small blue circle | a yellow star and a blue circle |
+a tiny red cross inside a huge green square | | a red cross and a green square
+a grey triangle, please | | a triangle
+a white circle on black | | a circle on a black background
+black square, no frame | | a square
+golden star for the tree | a yellow star | a star
+a light blue circle | a blue circle |
+a dark red cross | a red cross |
+"""
+
+
+def goals_in(words):
+    """The goals that plain words name, alternatives by ", or ": "a red star, or two things"."""
+    excluded = re.search(r"non-(\w+)", words)
+    if excluded:
+        others = [color for color in COLORS if color != excluded[1]]
+        words = ", or ".join(words.replace(excluded[0], color) for color in others)
+
+    color, shape = "|".join(COLORS), "|".join(SHAPES)
+    named = rf"\b(an?|{'|'.join(NUMBERS)}) (?:({color}) )?({shape}|thing)"
+    goals = []
+    for way in filter(None, words.split(", or ")):
+        pattern = "plain"
+        if "half" in way or "core" in way:
+            pattern = None
+        objects = []
+        for number, color_name, shape_name in re.findall(named, way):
+            times = 1
+            if number in NUMBERS:
+                times = NUMBERS.index(number)
+            if shape_name == "thing":
+                shape_name = None
+            objects += [GoalObject(color_name or None, shape_name, pattern)] * times
+        relation = re.search("left of|right of|above|below", way)
+        ground = re.search(r"on a (\w+) background", way)
+        goals.append(Goal(tuple(objects), relation and relation[0], ground and ground[1]))
+    return goals
 
 
 def scores(kind, pairs):
@@ -46,6 +145,58 @@ def answer_share(model, args):
     return right / len(questions)
 
 
+def seeds_of(rows, args):
+    """A seed for each row: each case has its own noise."""
+    return [args.seed + i for i in range(len(rows))]
+
+
+def bare_words(model, args):
+    """The share of bare words, "blue circle", that are right; from --limit 48 on of all pairs."""
+    prompts = random.Random(args.seed).sample(BARE_WORDS, min(args.limit, len(BARE_WORDS)))
+    results = generate(model, [(prompt, []) for prompt in prompts], args, seeds_of(prompts, args))
+    pairs = zip(prompts, results, strict=True)
+    right = [score(i, goals_in(f"a {prompt}")[0]) for prompt, images in pairs for i in images]
+    return float(np.mean(right))
+
+
+def edits_of_generated(model, kind, args):
+    """The share of edits that are right, of source images that the model generates itself.
+
+    Only of those whose source came out right.
+    """
+    tasks = [task(kind, i, args.seed, "test") for i in range(args.limit)]
+    rows = [(describe(t.sources[0]), []) for t in tasks]
+    sources = generate(model, rows, args, seeds_of(rows, args), num_images=1)
+    cases = [
+        (t, source)
+        for t, (source,) in zip(tasks, sources, strict=True)
+        if score(source, goal_of(t.sources[0]))
+    ]
+    if not cases:
+        return 0.0
+    rows = [(t.prompt, [source]) for t, source in cases]
+    results = generate(model, rows, args, seeds_of(rows, args))
+    pairs = zip(cases, results, strict=True)
+    return float(np.mean([score(i, t.goal) for (t, _), images in pairs for i in images]))
+
+
+def first_contact(model, args):
+    """Shares of first-contact prompts: {"first contact right", "... nearest", "... misleading"}."""
+    lines = [line.split("|") for line in FIRST_CONTACT.strip().splitlines()][: args.limit]
+    rows = [(line[0].strip(), []) for line in lines]
+    results = generate(model, rows, args, seeds_of(rows, args), num_images=1)
+    counts = {"right": 0, "nearest": 0, "misleading": 0}
+    for (prompt, asked, nearest), (image,) in zip(lines, results, strict=True):
+        said = goals_in(restate(model, prompt.strip()))
+        if any(score(image, goal) for goal in goals_in(asked.strip())):
+            counts["right"] += 1
+        elif any(score(image, goal) for goal in goals_in(nearest.strip())):
+            counts["nearest"] += 1
+        elif not any(score(image, goal) for goal in said):
+            counts["misleading"] += 1
+    return {f"first contact {name}": count / len(lines) for name, count in counts.items()}
+
+
 def run(model, args):
     """Do --limit unseen cases of each kind: ({metric: value}, images for a grid)."""
     table, shown = {}, []
@@ -55,8 +206,8 @@ def run(model, args):
 
     for kind in tqdm(kinds, "kinds"):
         tasks = [task(kind, i, args.seed, "test") for i in range(args.limit)]
-        seeds = [args.seed + i for i in range(args.limit)]  # each case has its own noise
-        results = generate(model, [(t.prompt, t.images) for t in tasks], args, seeds)
+        rows = [(t.prompt, t.images) for t in tasks]
+        results = generate(model, rows, args, seeds_of(rows, args))
         pairs = [(image, t) for t, images in zip(tasks, results, strict=True) for image in images]
         table |= scores(kind, pairs)
         for t, images in zip(tasks[:SHOWN], results, strict=False):
@@ -64,6 +215,10 @@ def run(model, args):
 
     if model.format.takes_images:
         table["answers"] = answer_share(model, args)
+        for kind in tqdm(FIRST_EDITS, "edits of generated images"):
+            table[kind] = edits_of_generated(model, kind, args)
+    table["bare words"] = bare_words(model, args)
+    table |= first_contact(model, args)
     table["six-kind overall"] = sum(table[kind] for kind in SIX_KINDS) / len(SIX_KINDS)
     return table, shown
 

@@ -2,8 +2,9 @@
 
 import pytest
 
-from toy.scene import LAYOUTS, place_of, render, satisfies, score
-from toy.tasks import EDITS, KINDS, PICTURE_KINDS, SIX_KINDS, TEXT_KINDS, task
+from toy.edits import make_room
+from toy.scene import LAYOUTS, PLACES, place_of, render, satisfies, score
+from toy.tasks import EDITS, FIRST_EDITS, KINDS, PICTURE_KINDS, SIX_KINDS, TEXT_KINDS, task
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,9 @@ def test_picture_kinds_are_scored_exactly(kind):
     ]
     assert len(wrong) > 40 and not any(wrong)
     for s in made:
-        assert 1 <= len(s.sources) <= 3 and (kind == "reconstruction") == (not s.prompt)
+        assert 1 <= len(s.sources) <= 3 and (kind in ("reconstruction", "painted")) == (
+            not s.prompt
+        )
         if "subject" in kind:
             subject = s.sources[0].objects[0]
             assert subject.color not in s.prompt or subject.shape not in s.prompt
@@ -106,3 +109,48 @@ def test_edits_are_of_every_kind_and_change_something():
     made = [task("edit", i) for i in range(300)]
     assert all(s.sources[0] != s.target for s in made)
     assert len({s.prompt.split()[0] for s in made}) >= 12 and len(EDITS) == 7
+
+
+@pytest.mark.parametrize("kind", FIRST_EDITS)
+def test_first_edits_are_true(kind):
+    """They are scored exactly, and what they do not name stays as it is."""
+    made = [task(kind, i, split="test") for i in range(60)]
+    assert sum(score(s.picture, s.goal) for s in made) >= 0.99 * len(made)
+    for s in made:
+        before, after = s.sources[0], s.target
+        if kind == "plural edit":
+            changed = set(after.objects) - set(before.objects)
+            assert len(changed) >= 2 or len(after.objects) <= len(before.objects) - 2
+            assert after.background == before.background
+        if kind == "add anywhere":
+            assert len(after.objects) == len(before.objects) + 1
+            stays = [(o.color, o.shape) for o in before.objects]
+            assert stays == [(o.color, o.shape) for o in after.objects[:-1]]
+            assert f"{after.objects[-1].color} {after.objects[-1].shape}" in s.prompt
+        if "bigger" in s.prompt or "rotate" in s.prompt:
+            assert not score(s.picture, s.goal) or after == before
+
+
+def test_room_is_made_by_moving_as_little_as_can_be():
+    assert make_room(("left",), "right") == (("left",), "right")
+    assert make_room(("centre",)) == (("left",), "right")
+    assert make_room(("left", "right"), "bottom") == (("top left", "top right"), "bottom")
+    assert make_room(("top", "top", "top"), "top") is None  # four do not fit so
+    for others in ("top left", "bottom right"), ("centre", "top", "left"):
+        moved, place = make_room(others)
+        spots = [PLACES[spot] for spot in (*moved, place)]
+        pairs = [(a, b) for i, a in enumerate(spots) for b in spots[:i]]
+        assert all(max(abs(a[0] - b[0]), abs(a[1] - b[1])) >= 30 for a, b in pairs)
+
+
+def test_what_cannot_be_drawn_falls_on_the_nearest_thing():
+    made = [task("nearest", i, split="test") for i in range(600)]
+    for s in made:
+        colors = [wanted.color for wanted in s.goal.objects]
+        if "turquoise" in s.prompt.lower():
+            assert colors == ["blue"]
+        if "five" in s.prompt.lower():
+            assert len(colors) == 4
+        if "not red" in s.prompt.lower():
+            assert "red" not in colors
+        assert s.plain.startswith("nothing") == (not colors)

@@ -113,3 +113,39 @@ def test_a_part_asks_for_those_it_needs(tmp_path, monkeypatch, capsys, handlers_
     with pytest.raises(SystemExit, match="2"):
         toy_parts.main()
     assert "make --part vision first" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags", [["--start", str(TINY / "mllm")], ["--part", "mllm", "--start", "x"]]
+)
+def test_only_an_mllm_that_is_there_is_trained_further(
+    flags, monkeypatch, capsys, tmp_path, handlers_restored
+):
+    monkeypatch.setattr(sys, "argv", ["toy_parts", "--out", str(tmp_path / "new"), *flags])
+    with pytest.raises(SystemExit, match="2"):
+        toy_parts.main()
+    assert "give it with --part mllm" in capsys.readouterr().err
+
+
+def test_the_shipped_mllm_is_trained_further(tiny, tmp_path, monkeypatch, handlers_restored):
+    """Its language model goes on learning; its eye, which the words were fitted to, stays."""
+    monkeypatch.setattr(language, "examine", lambda *_: {})
+    flags = ["--part", "mllm", "--start", str(TINY / "mllm"), "--steps", "2", "--batch-size", "2"]
+    out = tmp_path / "new"
+    monkeypatch.setattr(sys, "argv", ["toy_parts", "--out", str(out), *flags, "--device", "cpu"])
+    toy_parts.main()
+
+    model = LlavaOnevisionForConditionalGeneration.from_pretrained(out / "mllm").float()
+    before, after = tiny[1].state_dict(), model.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all("language_model" in name or "lm_head" in name for name in changed)
+    processor = AutoProcessor.from_pretrained(out / "mllm")
+    assert processor.tokenizer("a red star") == tiny[0].tokenizer("a red star")
+
+
+def test_the_first_word_of_a_request_is_the_word_it_is_elsewhere(tiny):
+    """With a space before it: "blue" alone is another token, which few texts begin with."""
+    processor, _ = tiny
+    chat = [{"role": "user", "content": [{"type": "text", "text": "blue circle"}]}]
+    text = processor.apply_chat_template(chat, tokenize=False)
+    assert {"\u0120blue", "\u0120circle"} < set(processor.tokenizer.tokenize(text))

@@ -1,14 +1,22 @@
-"""The seven edits of a scene: an instruction as text, and the scene after it.
+"""Edits of a scene: an instruction as text, and the scene after it.
 
-EDITS names them. Each takes a random generator and a `Choice`, and returns (instruction, edited
-scene), or None where it does not suit the scene.
+EDITS names seven of one object, SHORT_EDITS those that people type first and that leave something
+open. Each takes a random generator and a `Choice`, and returns (instruction, edited scene), or None
+where it does not suit the scene.
 """
 
 from dataclasses import dataclass, replace
+from functools import cache
+from itertools import combinations, product
 
 from toy import scene as world
-from toy.scene import Object, Pair, Scene, place_objects
-from toy.words import WHERE, refer, with_article
+from toy.scene import PLACES, Object, Pair, Scene, place_objects
+from toy.words import LOOSE_FACTS, RELATIONS, SIDES, WHERE, plural, refer, with_article
+
+RECOLOUR_WAYS = ("make {} {}", "paint {} {}", "turn {} {}", "change the colour of {} to {}")
+RECOLOUR_WAYS += ("change the color of {} to {}", "recolour {} to {}")
+RESHAPE_WAYS = ("turn {} into {}", "change {} into {}", "make {} {}", "replace {} with {}")
+REMOVE_VERBS = ("remove", "delete", "take away", "erase", "get rid of")
 
 
 @dataclass(frozen=True)
@@ -33,9 +41,7 @@ def recolour(rng, choice):
     item, color = choice.item, choice.new.color
     if choice.it is None or color == item.color:
         return None
-    ways = ["make {} {}", "paint {} {}", "turn {} {}", "change the colour of {} to {}"]
-    ways += ["change the color of {} to {}", "recolour {} to {}"]
-    words = rng.choice(ways).format(choice.it, color)
+    words = rng.choice(RECOLOUR_WAYS).format(choice.it, color)
     return words, replaced(choice.scene, [item], [replace(item, color=color)])
 
 
@@ -44,9 +50,16 @@ def reshape(rng, choice):
     item, shape = choice.item, choice.new.shape
     if choice.it is None or shape == item.shape:
         return None
-    ways = ("turn {} into {}", "change {} into {}", "make {} {}", "replace {} with {}")
-    words = rng.choice(ways).format(choice.it, with_article(shape))
+    words = rng.choice(RESHAPE_WAYS).format(choice.it, with_article(shape))
     return words, replaced(choice.scene, [item], [replace(item, shape=shape)])
+
+
+def placed(rng, scene, new, place):
+    """The scene with one more object near a place, of the size that the others have."""
+    layout = world.layout_of(scene)
+    if place not in world.LAYOUTS[layout].places:
+        layout = "corners"  # of small objects
+    return replaced(scene, [], place_objects(rng, [new], layout, [place]).objects)
 
 
 def add(rng, choice):
@@ -54,20 +67,17 @@ def add(rng, choice):
     if not choice.free:
         return None
     place = rng.choice(choice.free)
-    layout = world.layout_of(choice.scene)
-    if place not in world.LAYOUTS[layout].places:
-        layout = "corners"  # of small objects
-    added = place_objects(rng, [choice.new], layout, [place]).objects
+    edited = placed(rng, choice.scene, choice.new, place)
     verb = rng.choice(("add", "put", "place", "draw"))
     words = f"{verb} {with_article(f'{choice.new.color} {choice.new.shape}')} {WHERE[place]}"
-    return words, replaced(choice.scene, [], added)
+    return words, edited
 
 
 def remove(rng, choice):
     """ "take away the cross"."""
     if choice.it is None or len(choice.scene.objects) == 1:
         return None
-    verb = rng.choice(("remove", "delete", "take away", "erase", "get rid of"))
+    verb = rng.choice(REMOVE_VERBS)
     return f"{verb} {choice.it}", replaced(choice.scene, [choice.item])
 
 
@@ -106,3 +116,205 @@ def background(rng, choice):
 
 
 EDITS = {make.__name__: make for make in (recolour, reshape, add, remove, move, swap, background)}
+
+
+# ---- Several objects at once ---------------------------------------------------------
+def group_words(rng, items, shape=None):
+    """Words for all `items` of a scene, or for all of a shape: "everything", "the stars"."""
+    if shape is None:
+        ways = ["all", "everything", "all objects", "all of them", "all the objects", "them all"]
+        if len(items) == 2:
+            ways = ["both", "both objects", "both of them", "everything", "all", "them both"]
+        return rng.choice(ways)
+    ways = ["the {}", "the {}", "all {}", "all the {}", "all of the {}"]
+    if len(items) == 2:
+        ways += ["both {}", "the two {}"]
+    return rng.choice(ways).format(plural(shape))
+
+
+def change_group(rng, choice):
+    """ "make the crosses red", "turn everything into stars", "remove all circles"."""
+    scene, item, new = choice.scene, choice.item, choice.new
+    shape = rng.choice((None, item.shape))
+    items = [other for other in scene.objects if shape in (None, other.shape)]
+    case = rng.choice(("recolour", "recolour", "reshape", "remove"))
+    if len(items) < 2 or (case == "remove" and len(items) == len(scene.objects)):
+        return None
+    words = group_words(rng, items, shape)
+    if case == "remove":
+        return f"{rng.choice(REMOVE_VERBS)} {words}", replaced(scene, items)
+
+    if case == "recolour":
+        words = rng.choice(RECOLOUR_WAYS).format(words, new.color)
+        changed = [replace(other, color=new.color) for other in items]
+    else:
+        words = rng.choice(RESHAPE_WAYS).format(words, plural(new.shape))
+        changed = [replace(other, shape=new.shape) for other in items]
+    if set(changed) & set(items):  # something would stay as it was
+        return None
+    return words, replaced(scene, items, changed)
+
+
+# ---- One object more, whether there is room or not -----------------------------------
+@cache
+def make_room(places, added=None):
+    """Where objects at `places` move, as little as can be, so that one more has room.
+
+    added: the name of its place; by default the one for which the others move least. Returns the
+    new places and its own, or None where there is no way.
+    """
+
+    def steps(one, other):
+        return [abs(a - b) for a, b in zip(PLACES[one], PLACES[other], strict=True)]
+
+    def cost(way):
+        pairs = zip(places, way[0], strict=True)
+        return sum(step**2 for one, other in pairs for step in steps(one, other))
+
+    wanted = ("right", "bottom", "left", "top", "bottom right", "top right")
+    if added:
+        wanted = (added,)
+    ways = [
+        (moved, place)
+        for place in wanted
+        for moved in product(PLACES, repeat=len(places))
+        if all(max(steps(*two)) >= 30 for two in combinations((*moved, place), 2))
+    ]
+    return min(ways, key=cost, default=None)
+
+
+def with_one_more(rng, scene, new, place=None):
+    """The scene with one more object, near `place` if given; None where there is no way.
+
+    The others stay if the place has room; otherwise they move aside, and large ones shrink.
+    """
+    if place in world.roomy_places(scene):
+        edited = placed(rng, scene, new, place)
+        if world.score(world.render(edited), world.goal_of(edited, exact=True)):
+            return edited
+
+    way = make_room(tuple(map(world.place_of, scene.objects)), place)
+    if way is None or len(scene.objects) > 3:
+        return None
+    moved, place = way
+    layout = "row" if len(moved) == 1 else "corners"
+    largest = world.LAYOUTS[layout].sizes[1]
+    kept = []
+    for item, spot in zip(scene.objects, moved, strict=True):
+        right = PLACES[spot][0] - PLACES[world.place_of(item)][0]
+        down = PLACES[spot][1] - PLACES[world.place_of(item)][1]
+        size = min(item.size, largest)
+        kept.append(replace(item, x=item.x + right, y=item.y + down, size=size))
+    added = place_objects(rng, [new], layout, [place]).objects
+    return replace(scene, objects=(*kept, *added))
+
+
+def add_anywhere(rng, choice):
+    """ "add a yellow triangle", "put a yellow triangle on the right": room is made for it."""
+    place = rng.choice((None, None, None, *(place for place in PLACES if place != "centre")))
+    if any(choice.new == (other.color, other.shape) for other in choice.scene.objects):
+        return None
+    target = with_one_more(rng, choice.scene, choice.new, place)
+    name = with_article(f"{choice.new.color} {choice.new.shape}")
+    verb = rng.choice(("add", "add", "put", "place", "draw", "insert"))
+    words = f"{verb} {name} {WHERE.get(place)}"
+    if place is None:
+        ways = ("add {}", "add {}", "add {} too", "add another object: {}", "add {} to the picture")
+        ways += ("put {} next to it", "add {} beside it", "insert {}", "draw {} as well", "and {}")
+        words = rng.choice(ways).format(name)
+    return target and (words, target)
+
+
+# ---- What people type first ----------------------------------------------------------
+def one_less(rng, choice):
+    """ "remove a cross" of three crosses: the last of them."""
+    shape = choice.item.shape
+    items = [o for o in world.reading_order(choice.scene) if o.shape == shape]
+    if len(items) < 2 or len({o.color for o in items}) > 1:
+        return None
+    ways = (with_article(shape), f"one {shape}", f"one of the {plural(shape)}", f"only one {shape}")
+    words = f"{rng.choice(REMOVE_VERBS)} {rng.choice(ways)}"
+    return words, replaced(choice.scene, [items[-1]])
+
+
+def one_more(rng, choice):
+    """ "add a cross" beside crosses: one of their colour."""
+    item = choice.item
+    colors = {other.color for other in choice.scene.objects if other.shape == item.shape}
+    if len(colors) > 1:
+        return None
+    target = with_one_more(rng, choice.scene, Pair(item.color, item.shape))
+    ways = ("add {a}", "add another {}", "one more {}", "add one more {}", "draw another {}")
+    words = rng.choice(ways).format(item.shape, a=with_article(item.shape))
+    return target and (words, target)
+
+
+def move_beside(rng, choice):
+    """ "move the circle to the left of the star"."""
+    scene, item = choice.scene, choice.item
+    if choice.it is None or len(scene.objects) != 2:
+        return None
+    other = next(o for o in scene.objects if o != item)
+    name = refer(rng, scene, other)
+    relation = rng.choice(tuple(RELATIONS))
+    line = "row" if relation in ("left of", "right of") else "column"
+    target = place_objects(rng, [item, other], line, SIDES[relation], scene.background)
+    related = world.satisfies(scene, replace(world.Goal(()), objects=world.goal_of(target).objects))
+    if name is None or related:
+        return None
+    ways = ("move {} {} {}", "put {} {} {}", "place {} {} {}", "shift {} {} {}")
+    words = rng.choice(ways).format(choice.it, rng.choice(RELATIONS[relation]), name)
+    return words, target
+
+
+def colour_of_a_thing(rng, choice):
+    """ "make the star the colour of a banana"."""
+    thing, color = rng.choice(tuple(LOOSE_FACTS.items()))
+    if choice.it is None or color == choice.item.color:
+        return None
+    ways = ("make {} the {colour} of {}", "give {} the {colour} of {}", "paint {} like {}")
+    colour = rng.choice(("colour", "color"))
+    words = rng.choice(ways).format(choice.it, thing, colour=colour)
+    return words, replaced(choice.scene, [choice.item], [replace(choice.item, color=color)])
+
+
+def coloured_background(rng, choice):
+    """ "make the background blue": a background that there is not, so grey."""
+    if choice.scene.background == "grey":
+        return None
+    ways = ("make the background {}", "change the background to {}", "set the background to {}")
+    ways += ("{} background", "put it on a {} background", "paint the background {}")
+    words = rng.choice(ways).format(choice.new.color)
+    return words, replace(choice.scene, background="grey")
+
+
+def terse(rng, choice):
+    """ "star green", "green star": the star, which is red, in green."""
+    item, color = choice.item, choice.new.color
+    alike = [other for other in choice.scene.objects if other.shape == item.shape]
+    if len(alike) > 1 or color == item.color:
+        return None
+    ways = ["{shape} {color}", "{color} {shape}", "{color} {shape} instead", "{shape} in {color}"]
+    if len(choice.scene.objects) == 1:
+        ways += ["{color}", "in {color}"]
+    words = rng.choice(ways).format(shape=item.shape, color=color)
+    return words, replaced(choice.scene, [item], [replace(item, color=color)])
+
+
+def impossible(rng, choice):
+    """ "make the star bigger": what this world cannot do, so nothing changes."""
+    if choice.it is None:
+        return None
+    ways = (
+        "make {} bigger",
+        "make {} smaller",
+        "rotate {}",
+        "tilt {}",
+        "make {} larger",
+        "flip {}",
+    )
+    return rng.choice(ways).format(choice.it), choice.scene
+
+
+SHORT_EDITS = (one_less, one_more, move_beside, colour_of_a_thing, coloured_background, terse)
+SHORT_EDITS += (terse, impossible)

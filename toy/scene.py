@@ -10,7 +10,7 @@ from itertools import permutations, product
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 
 SIZE = 64
 COLORS = {
@@ -129,6 +129,22 @@ def render(scene):
         for alpha, color in layers:
             canvas += alpha[..., None] * (np.array(COLORS[color], np.float32) - canvas)
     return Image.fromarray(canvas.round().astype(np.uint8))
+
+
+def paint(scene, seed):
+    """A scene of plain objects as a hand paints it: corners rounded, sides and colours uneven."""
+    rng = np.random.default_rng(seed)
+    picture = Image.new("RGB", (SIZE, SIZE), BACKGROUNDS[scene.background])
+    for item in scene.objects:
+        points = OUTLINES[item.shape] * item.size + (item.x, item.y)
+        points = 4 * (points + rng.normal(0, 0.8 / len(points) ** 0.25, points.shape))
+        drawn = Image.new("L", (4 * SIZE, 4 * SIZE))
+        ImageDraw.Draw(drawn).polygon([tuple(point) for point in points], fill=255)
+        drawn = drawn.filter(ImageFilter.GaussianBlur(rng.uniform(3, 9)))
+        drawn = drawn.point(lambda level: 255 * (level > 127)).resize((SIZE, SIZE))
+        color = np.clip(COLORS[item.color] + rng.integers(-35, 36, 3), 0, 255)
+        picture.paste(tuple(color.tolist()), mask=drawn)
+    return picture
 
 
 def _components(mask):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from toy import scene as world
 from toy.scene import Scene, layout_of, place_of, random_pair, random_scene, render
-from toy.tasks import SIX_KINDS, task
+from toy.tasks import FIRST_EDITS, SIX_KINDS, task
 from toy.words import FACTS, NUMBERS, WHERE, colour_words, describe, name_of, plural, with_article
 
 # What a conversation is about, with weights.
@@ -15,8 +15,10 @@ TALKS |= {"questions of one picture": 2, "prompts": 4, "facts": 0.6}
 RESTATED_WITH_PICTURES = ("edit",) * 5 + ("one subject", "two subjects", "three subjects")
 RESTATED_WITH_PICTURES += ("association",) * 2 + ("free edit",) * 3 + ("crowded edit",) * 3
 RESTATED_WITH_PICTURES += ("very crowded edit",) * 6
+RESTATED_WITH_PICTURES += FIRST_EDITS * 4
 RESTATED_IN_WORDS = (*SIX_KINDS, *["dense"] * 3, *["knowledge"] * 5, "commonsense")
 RESTATED_IN_WORDS += ("free wordings",) * 8 + ("two colours",) * 2 + ("free dense",)
+RESTATED_IN_WORDS += ("lists", "nearest") * 6
 
 
 @dataclass(frozen=True)

@@ -4,265 +4,33 @@
     task("edit", 7, split="test")  a task of the benchmark: prompt "make it green", and a picture
 
 A task follows from (seed, split, kind, index) alone, so that a resumed run and every worker see the
-same data without any file. MAKERS has one maker per kind: a function of a random generator.
+same data without any file. MAKERS has one maker per kind: a function of a random generator. Here
+are those with source pictures; toy/captions.py has the others.
 """
 
 import random
 import zlib
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 
+from toy import captions
 from toy import scene as world
-from toy import wordings
-from toy import words as vocabulary
-from toy.edits import EDITS, Choice, add, move, replaced
-from toy.scene import Goal, GoalObject, Object, Pair, Scene, place_objects, random_pair, render
-from toy.words import RELATIONS, SIDES, WHERE, counted, describe, plural, refer, with_article
-
-# The layout that has a place at this side.
-LINES = {"left": "row", "right": "row", "top": "column", "bottom": "column"}
-
-
-@dataclass(frozen=True)
-class Task:
-    """One thing to draw: `prompt` and source scenes in; a right `target` scene, and what is asked.
-
-    `plain` says in plain words what is to be drawn: the MLLM's own restatement of the prompt.
-    """
-
-    kind: str = field(default="", kw_only=True)  # set by `task`, not by the makers
-    prompt: str
-    target: Scene
-    goal: Goal
-    plain: str
-    sources: tuple[Scene, ...] = ()
-    for_test: bool | None = None  # None: by the prompt; see `task`
-
-    @property
-    def images(self):
-        """The source pictures, PIL."""
-        return [render(scene) for scene in self.sources]
-
-    @property
-    def picture(self):
-        """The target picture, PIL."""
-        return render(self.target)
-
-
-def _draw_as_it_is(prompt, target, sources=(), exact=False):
-    """The task whose goal is the whole target; `exact` also asks for its objects' centres."""
-    return Task(prompt, target, world.goal_of(target, exact), describe(target), tuple(sources))
-
-
-def _wrapped(rng, words):
-    return rng.choice(vocabulary.WRAPPERS).format(words)
-
-
-def _name(pair, coloured=True):
-    return f"{pair.color} {pair.shape}" if coloured else pair.shape
-
-
-def _goal(pairs, coloured=True, relation=None):
-    """The goal to show these pairs; not `coloured`: in any colour."""
-    objects = [GoalObject(pair.color if coloured else None, pair.shape) for pair in pairs]
-    return Goal(tuple(objects), relation)
-
-
-def one_object(rng, coloured, held_out=False):
-    """ "a photo of a star"; coloured: "a red star"; held out: a pair of HELD_OUT."""
-    pair = random_pair(rng, held_out=held_out)
-    name = _name(pair, coloured)
-    target = place_objects(rng, [pair])
-    plain = words = with_article(name)
-    if not plain.startswith("an") and rng.random() < 0.2:
-        words = rng.choice(("one ", "a single ")) + name
-    return Task(_wrapped(rng, words), target, _goal([pair], coloured), plain)
-
-
-def counting(rng):
-    """ "three stars" or "3 red stars"."""
-    pair = random_pair(rng)
-    number = rng.randint(2, 4)
-    coloured = rng.random() < 0.5
-    name = _name(pair, coloured)
-    target = place_objects(rng, [pair] * number)
-    plain = counted(number, name)
-    words = rng.choice((plain, plain, f"{number} {plural(name)}"))
-    return Task(_wrapped(rng, words), target, _goal([pair] * number, coloured), plain)
-
-
-def _different_pairs(rng, coloured):
-    """Two pairs that differ in what is named: in the shape, or if coloured in either."""
-    first = random_pair(rng)
-    taken = [first] if coloured else [Pair(color, first.shape) for color in world.COLORS]
-    return first, random_pair(rng, taken)
-
-
-def two_objects(rng, coloured):
-    """ "a star and a cross"; coloured: "a red star next to a blue cross"."""
-    pairs = _different_pairs(rng, coloured)
-    first, second = (with_article(_name(pair, coloured)) for pair in pairs)
-    joint = rng.choice(("and", "and", "and", "with", "next to"))
-    target = place_objects(rng, pairs)
-    words = _wrapped(rng, f"{first} {joint} {second}")
-    return Task(words, target, _goal(pairs, coloured), f"{first} and {second}")
-
-
-def position(rng):
-    """ "a star left of a cross" or "a blue cross with a red star to its left"."""
-    coloured = rng.random() < 0.5
-    pairs = _different_pairs(rng, coloured)
-    first, second = (with_article(_name(pair, coloured)) for pair in pairs)
-    relation = rng.choice(tuple(RELATIONS))
-    places = SIDES[relation]
-    ways = [f"{first} {words} {second}" for words in RELATIONS[relation] * 2]
-    ways.append(f"{second} with {first} {vocabulary.ITS_SIDE[relation]}")
-    ways.append(f"{first} {WHERE[places[0]]} and {second} {WHERE[places[1]]}")
-    words = rng.choice(ways)
-    target = place_objects(rng, pairs, LINES[places[0]], places)
-    plain = f"{first} {relation} {second}"
-    return Task(_wrapped(rng, words), target, _goal(pairs, coloured, relation), plain)
-
-
-def dense(rng, least=1):
-    """ "on a grey background, a red star at the top and a blue cross on the left" (as DPG-Bench).
-
-    Tells every colour, every place and the background. `least` is the fewest objects.
-    """
-    scene = world.random_scene(rng, patterns=0.3, least=least)
-    words = describe(scene)
-    if " on a " in words and rng.random() < 0.3:
-        words, ground = words.rsplit(" on ", 1)
-        words = f"on {ground}, {words}"
-    elif scene.background == "white" and rng.random() < 0.2:
-        words += " on a white background"
-    return _draw_as_it_is(_wrapped(rng, words), scene)
-
-
-def two_colours(rng):
-    """ "a star with a red core", "a half red half blue star left of a half pink half red cross"."""
-    number = rng.choice((1, 1, 2))
-    items = [Object(pair.shape, pair.color) for pair in (random_pair(rng) for _ in range(number))]
-    items = [world.two_coloured(rng, item) for item in items]
-    layout = rng.choice(("row", "column")) if number == 2 else "centre"
-    scene = place_objects(rng, items, layout)
-    return _draw_as_it_is(_wrapped(rng, describe(scene)), scene)
-
-
-def _free_name(rng, pair, number, coloured):
-    """ "a big red star", "a pair of stars": so many equal objects, as people name them."""
-    name = _name(pair, coloured)
-    if rng.random() < 0.15:
-        name = f"{rng.choice(wordings.DESCRIBING)} {name}"
-    if number == 1 and rng.random() < 0.75:
-        return with_article(name)
-    amount = rng.choice(wordings.AMOUNTS[number])
-    return f"{amount} {name if number == 1 else plural(name)}".strip()
-
-
-def _free_relation(rng, names):
-    """Two names in a relation, as people put it: (words, relation)."""
-    relation = rng.choice(tuple(RELATIONS))
-    first, second = names
-    one, other = (WHERE[place] for place in SIDES[relation])
-    ways = [f"{first} {words} {second}" for words in RELATIONS[relation]]
-    ways += [f"{first} that is {rng.choice(RELATIONS[relation])} {second}"]
-    ways += [f"{first} {one} and {second} {other}", f"{one} {first} and {other} {second}"]
-    ways += [f"{first} {one}, {second} {other}", f"{second} {other} and {first} {one}"]
-    ways += [f"{second} and {vocabulary.ITS_SIDE[relation]} {first}"]
-    return rng.choice(ways), relation
-
-
-def free_wording(rng):
-    """ "could you paint two blue stars and a red square on gray for me?": what people may say.
-
-    One to four objects of one to three sorts, at times in a relation, on any background. Ways to
-    ask of `wordings.UNSEEN_WAYS` are for tests alone.
-    """
-    unseen = rng.random() < 0.5
-    # How many objects of each sort, the first-named sort first.
-    one_sort = [(1,), (1,), (1,), (2,), (3,), (4,)]
-    two_sorts = [(1, 1), (1, 1), (2, 1), (1, 2), (2, 2), (3, 1)]
-    numbers = rng.choice(one_sort + two_sorts + [(1, 1, 1)])
-    coloured = sum(numbers) > 2 and len(numbers) > 1 or rng.random() < 0.7
-    pairs = []
-    while len(pairs) < len(numbers):
-        pair = random_pair(rng, taken=pairs)
-        if pair.shape not in [other.shape for other in pairs]:
-            pairs.append(pair)
-    names = [_free_name(rng, *each, coloured) for each in zip(pairs, numbers, strict=True)]
-    joint = rng.choice(wordings.JOINTS)
-    relation, layout, places = None, None, None
-    phrase = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} {joint} {names[-1]}"
-    plain_names = [counted(n, _name(p, coloured)) for p, n in zip(pairs, numbers, strict=True)]
-    plain = " and ".join(filter(None, (", ".join(plain_names[:-1]), plain_names[-1])))
-
-    if numbers == (1, 1) and rng.random() < 0.6:
-        phrase, relation = _free_relation(rng, names)
-        plain = f"{plain_names[0]} {relation} {plain_names[1]}"
-        places = SIDES[relation]
-        layout = LINES[places[0]]
-    others = [shape for shape in world.SHAPES if shape not in {pair.shape for pair in pairs}]
-    if rng.random() < 0.08:
-        only = rng.choice(wordings.ONLY)
-        phrase = only.format(phrase, other=plural(rng.choice(others)))
-    ground = rng.choice(("grey", "black")) if rng.random() < 0.2 else "white"
-    if ground != "white":
-        told = rng.choice((ground, "gray" if ground == "grey" else ground))
-        phrase += rng.choice(wordings.GROUNDS).format(told)
-        plain += f" on a {ground} background"
-    items = [pair for pair, n in zip(pairs, numbers, strict=True) for _ in range(n)]
-    placed = items if relation else rng.sample(items, len(items))
-    if not unseen:  # in training, in the order of the words: it is learned sooner than any order
-        placed = items
-    target = place_objects(rng, placed, layout, places, ground)
-    goal = replace(_goal(items, coloured, relation), background=ground)
-    return Task(wordings.ask(rng, phrase, unseen), target, goal, plain, for_test=unseen)
-
-
-def knowledge(rng, commonsense=False):
-    """ "something red in the shape of a wheel", "as many red stars as a dog has legs" (as WISE).
-
-    A fact tells the colour, the shape, both or the number. `commonsense`: the colour, from a pair
-    of things that are easily confused: "a star the colour of an unripe banana".
-    """
-    thing = rng.choice(rng.choice(vocabulary.COMMONSENSE)) if commonsense else None
-    color, shape = random_pair(rng)
-    colour = rng.choice(("colour", "color"))
-    told = "color" if commonsense else rng.choice(("color", "shape", "both", "count"))
-    if commonsense:
-        color = vocabulary.FACTS["color"][thing]
-        while (color, shape) in world.HELD_OUT:
-            shape = rng.choice(world.SHAPES)
-    elif told in ("color", "both"):
-        thing = rng.choice(vocabulary.COLOR_FACTS[color])
-    form = rng.choice(vocabulary.SHAPE_FACTS[shape])
-    number = 1
-
-    if told == "color":
-        way = rng.choice(("{} the {} of {}", "{} in the {} of {}", "{} with the same {} as {}"))
-        words = way.format(with_article(shape), colour, thing)
-    elif told == "shape":
-        ways = [f"{with_article(color)} object shaped like {form}"]
-        ways += [f"something {color} in the shape of {form}"]
-        ways += [f"{with_article(color)} thing with the shape of {form}"]
-        words = rng.choice(ways)
-    elif told == "both":
-        ways = [f"something shaped like {form} in the {colour} of {thing}"]
-        ways += [f"an object the {colour} of {thing} and the shape of {form}"]
-        words = rng.choice(ways)
-    else:
-        (owner, parts), number = rng.choice(tuple(vocabulary.FACTS["count"].items()))
-        words = f"as many {color} {plural(shape)} as {owner} has {parts}"
-    pairs = [Pair(color, shape)] * number
-    target = place_objects(rng, pairs)
-    return Task(_wrapped(rng, words), target, _goal(pairs), counted(number, _name(pairs[0])))
+from toy.captions import LINES, draw_as_it_is, pair_name, wrapped
+from toy.edits import EDITS, SHORT_EDITS, Choice, add, add_anywhere, change_group, move, replaced
+from toy.scene import Object, Pair, place_objects, random_pair
+from toy.words import RELATIONS, SIDES, WHERE, describe, refer, with_article
 
 
 def reconstruction(rng, least=1):
     """A picture and the prompt "": draw it again. `least` is the fewest objects."""
     scene = world.random_scene(rng, patterns=0.1, least=least)
-    return _draw_as_it_is("", scene, [scene], exact=True)
+    return draw_as_it_is("", scene, [scene], exact=True)
+
+
+def painted(rng):
+    """A picture as a hand paints it and the prompt "": the clean picture."""
+    scene = world.random_scene(rng)
+    return replace(draw_as_it_is("", scene, [scene]), hand=rng.randrange(1 << 30))
 
 
 def edit(rng, least=1):
@@ -278,7 +46,7 @@ def edit(rng, least=1):
             words, target = edited
             pairs = {(o.color, o.shape) for o in target.objects if o.pattern == "plain"}
             if not pairs & world.HELD_OUT:
-                return _draw_as_it_is(words, target, [scene], exact=True)
+                return draw_as_it_is(words, target, [scene], exact=True)
 
 
 def free_edit(rng):
@@ -293,15 +61,49 @@ def free_edit(rng):
         choice = Choice(scene, item, refer(rng, scene, item), random_pair(rng), free)
         edited = make_edit(rng, choice)
         if edited is not None:
-            made = _draw_as_it_is(*edited, [scene], exact=True)
+            made = draw_as_it_is(*edited, [scene], exact=True)
             if world.score(made.picture, made.goal):  # nothing is hidden behind another object
                 return made
+
+
+def first_edit(rng, makers):
+    """A picture and an edit that leaves something open: "make both green", "remove a cross".
+
+    As often as not several of the objects are alike, as in pictures that are drawn from words.
+    """
+    make_edit = rng.choice(makers)
+    while True:
+        scene = world.random_scene(rng)
+        if rng.random() < 0.4:
+            color, shape = random_pair(rng)
+            alike = rng.choice(({"color": color, "shape": shape}, {"shape": shape}))
+            objects = tuple(replace(item, **alike) for item in scene.objects)
+            scene = replace(scene, objects=objects)
+        item = rng.choice(scene.objects)
+        edited = make_edit(rng, Choice(scene, item, refer(rng, scene, item), random_pair(rng), ()))
+        if edited is None:
+            continue
+        words, target = edited
+        pairs = {(o.color, o.shape) for o in (*scene.objects, *target.objects)}
+        if target.objects and not pairs & world.HELD_OUT:
+            return replace(draw_as_it_is(words, target, [scene]), goal=_open_goal(scene, target))
+
+
+def _open_goal(before, after):
+    """The goal to show the objects of a scene, at their places if none of them was to move."""
+    goal = world.goal_of(after)
+    if len(before.objects) == len(after.objects) and {(o.x, o.y) for o in before.objects} == {
+        (o.x, o.y) for o in after.objects
+    }:
+        return goal
+    objects = tuple(replace(wanted, place=None) for wanted in goal.objects)
+    return replace(goal, objects=objects)
 
 
 def free_dense(rng):
     """ "a red star in the centre and a blue circle at the bottom left": what a free edit leaves."""
     target = free_edit(rng).target
-    return _draw_as_it_is(_wrapped(rng, describe(target)), target)
+    return draw_as_it_is(wrapped(rng, describe(target)), target)
 
 
 def subjects(rng, number):
@@ -336,7 +138,7 @@ def subjects(rng, number):
             words = words.format(rng.choice(RELATIONS[relation]))
             arrangement = related
     elif case < 2:
-        words = f"{it} {rng.choice(RELATIONS[relation])} {with_article(_name(other))}"
+        words = f"{it} {rng.choice(RELATIONS[relation])} {with_article(pair_name(other))}"
         items.append(other)
         arrangement = related
     elif case == 2:
@@ -350,7 +152,7 @@ def subjects(rng, number):
         place = rng.choice(tuple(LINES))
         words = f"{it} {WHERE[place]}"
         arrangement = {"layout": LINES[place], "places": [place]}
-    return _draw_as_it_is(words, place_objects(rng, items, **arrangement), sources)
+    return draw_as_it_is(words, place_objects(rng, items, **arrangement), sources)
 
 
 def association(rng):
@@ -366,7 +168,7 @@ def association(rng):
         source, target = (place_objects(rng, [first] * count) for count in counts)
         more = ("one more of these", "one more", "add another one")
         fewer = ("one fewer of these", "one less", "take one away")
-        return _draw_as_it_is(rng.choice(more if case == "more" else fewer), target, [source])
+        return draw_as_it_is(rng.choice(more if case == "more" else fewer), target, [source])
     grid = [Pair(c, s) for c in (first.color, second.color) for s in (first.shape, second.shape)]
 
     if case == "missing":
@@ -384,43 +186,50 @@ def association(rng):
         rng.shuffle(pairs)
         source = place_objects(rng, pairs)
         ways = ("the odd one out", "only the one that is different", "the one that does not belong")
-    return _draw_as_it_is(rng.choice(ways), place_objects(rng, [answer]), [source])
+    return draw_as_it_is(rng.choice(ways), place_objects(rng, [answer]), [source])
 
 
 # "crowded" has two objects or more, "very crowded" three or four: chance makes too few of them.
 MAKERS = {
-    "single object": partial(one_object, coloured=False),
-    "colors": partial(one_object, coloured=True),
-    "counting": counting,
-    "two objects": partial(two_objects, coloured=False),
-    "position": position,
-    "attribution": partial(two_objects, coloured=True),
-    "dense": dense,
-    "knowledge": knowledge,
-    "commonsense": partial(knowledge, commonsense=True),
+    "single object": partial(captions.one_object, coloured=False),
+    "colors": partial(captions.one_object, coloured=True),
+    "counting": captions.counting,
+    "two objects": partial(captions.two_objects, coloured=False),
+    "position": captions.position,
+    "attribution": partial(captions.two_objects, coloured=True),
+    "dense": captions.dense,
+    "knowledge": captions.knowledge,
+    "commonsense": partial(captions.knowledge, commonsense=True),
     "reconstruction": reconstruction,
     "edit": edit,
     "one subject": partial(subjects, number=1),
     "two subjects": partial(subjects, number=2),
     "three subjects": partial(subjects, number=3),
     "association": association,
-    "crowded dense": partial(dense, least=2),
+    "crowded dense": partial(captions.dense, least=2),
     "crowded reconstruction": partial(reconstruction, least=2),
     "crowded edit": partial(edit, least=2),
     "very crowded edit": partial(edit, least=3),
-    "held-out": partial(one_object, coloured=True, held_out=True),
-    "two colours": two_colours,
-    "free wordings": free_wording,
+    "held-out": partial(captions.one_object, coloured=True, held_out=True),
+    "two colours": captions.two_colours,
+    "free wordings": captions.free_wording,
     "free edit": free_edit,
     "free dense": free_dense,
+    "lists": captions.lists,
+    "nearest": captions.nearest,
+    "plural edit": partial(first_edit, makers=(change_group,)),
+    "add anywhere": partial(first_edit, makers=(add_anywhere,)),
+    "short edit": partial(first_edit, makers=SHORT_EDITS),
+    "painted": painted,
 }
 KINDS = tuple(MAKERS)
 SIX_KINDS = ("single object", "two objects", "counting", "colors", "position", "attribution")
 # The kinds of the benchmark: prompts alone, and prompts with pictures.
 TEXT_KINDS = (*SIX_KINDS, "dense", "knowledge", "commonsense", "held-out")
-TEXT_KINDS += ("two colours", "free wordings")
+TEXT_KINDS += ("two colours", "free wordings", "lists", "nearest")
 PICTURE_KINDS = ("reconstruction", "edit", "one subject", "two subjects", "three subjects")
-PICTURE_KINDS += ("association", "free edit")
+PICTURE_KINDS += ("association", "free edit", "painted")
+FIRST_EDITS = ("plural edit", "add anywhere", "short edit")
 # The kinds that captions are trained on, with weights.
 CAPTION_KINDS = {"single object": 2, "colors": 3, "two objects": 2, "counting": 3}
 CAPTION_KINDS |= {"position": 4, "attribution": 3, "dense": 4}
@@ -441,6 +250,7 @@ def task(kind, index, seed=0, split="train"):
         if made.sources or kind == "held-out" or for_test == (split == "test"):
             return made
 
+
 # The tasks of each training stage of train.py, with weights. The last stage repeats all that came
 # before it, so that nothing is forgotten.
 MIXTURES = {
@@ -452,5 +262,7 @@ MIXTURES = {
                  "colors": 1, "two objects": 2, "counting": 3, "position": 3, "attribution": 3,
                  "dense": 3, "crowded dense": 8, "edit": 12, "crowded edit": 26, "one subject": 14,
                  "two subjects": 16, "three subjects": 1, "association": 6,
-                 "free wordings": 40, "two colours": 8, "free edit": 16, "free dense": 10},
+                 "free wordings": 30, "two colours": 8, "free edit": 16, "free dense": 10,
+                 "lists": 14, "nearest": 14, "plural edit": 16, "add anywhere": 16,
+                 "short edit": 16, "painted": 8},
 }  # fmt: skip

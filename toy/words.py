@@ -47,6 +47,27 @@ FACTS = {
     "shape": {thing: shape for shape, things in SHAPE_FACTS.items() for thing in things},
     "count": {thing: number for number, things in COUNT_FACTS.items() for thing in things},
 }
+# Colours of things as people name them; no text asks about these as facts.
+LOOSE_FACTS = {"a banana": "yellow", "the sky": "blue", "the sun": "yellow", "a leaf": "green"}
+LOOSE_FACTS |= {"a tomato": "red", "fire": "red", "an orange": "orange", "a tree trunk": "brown"}
+LOOSE_FACTS |= {"an apple": "red", "water": "blue", "a rose": "pink", "a grape": "purple"}
+# What cannot be drawn, and the nearest thing that can.
+NEAR_COLORS = {"turquoise": "blue", "cyan": "blue", "navy": "blue", "teal": "green"}
+NEAR_COLORS |= {"lime": "green", "olive": "green", "violet": "purple", "lilac": "purple"}
+NEAR_COLORS |= {"magenta": "pink", "gold": "yellow", "golden": "yellow", "crimson": "red"}
+NEAR_COLORS |= {"scarlet": "red", "maroon": "brown", "beige": "brown", "amber": "orange"}
+NEAR_COLORS |= {"white": "yellow", "black": "brown", "grey": "brown"}
+NEAR_SHAPES = {"ball": "circle", "disc": "circle", "dot": "circle", "oval": "circle"}
+NEAR_SHAPES |= {"ellipse": "circle", "ring": "circle", "moon": "circle", "face": "circle"}
+NEAR_SHAPES |= {"rectangle": "square", "box": "square", "cube": "square", "house": "square"}
+NEAR_SHAPES |= {"car": "square", "book": "square", "pyramid": "triangle", "cone": "triangle"}
+NEAR_SHAPES |= {"mountain": "triangle", "roof": "triangle", "tree": "triangle", "boat": "triangle"}
+NEAR_SHAPES |= {"flower": "star", "asterisk": "star", "snowflake": "star", "plus": "cross"}
+NEAR_SHAPES |= {"airplane": "cross", "bird": "cross", "kite": "diamond", "rhombus": "diamond"}
+NEAR_SHAPES |= {"heart": "diamond", "gem": "diamond", "fish": "diamond", "cat": "circle"}
+NEAR_SHAPES |= {"dog": "circle", "apple": "circle", "person": "cross", "tower": "triangle"}
+MANY = ("five", "six", "seven", "eight", "nine", "ten", "5", "6", "7", "8", "12", "a dozen", "many")
+MANY += ("some", "several", "lots of", "eleven", "twenty", "a lot of")
 # Ways to put a prompt; a repeated one is more likely.
 WRAPPERS = ("{}", "{}", "{}.", "a picture of {}", "a photo of {}", "an image of {}")
 WRAPPERS += ("draw {}", "please draw {}", "show me {}", "there is {}", "a drawing of {}")

@@ -16,6 +16,7 @@ alone takes about two. Stopped at any time, the same command resumes.
 import argparse
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -57,6 +58,7 @@ def parse_arguments():
     add = parser.add_argument
     add("--out", default="weights/new", help="the parts' folder (weights/new)")
     add("--part", choices=list(PARTS), help="make this part only, again if it is there")
+    add("--start", default="", help="train this MLLM, a folder, further: with --part mllm")
     add("--steps", type=number, help="training steps of --part")
     add("--batch-size", type=number, help="samples or conversations a step of --part")
     add("--threads", type=number, default=torch.get_num_threads(), help="of the CPU (all)")
@@ -70,7 +72,9 @@ def parse_arguments():
         args.workers = os.cpu_count() * (args.device == "cuda")
     if (args.steps or args.batch_size) and not args.part:
         fail("--steps and --batch-size are of one part: give --part too.")
-    if args.part:
+    if args.start and (args.part != "mllm" or not Path(args.start, "config.json").exists()):
+        fail(f"--start {args.start} is for an MLLM's folder: give it with --part mllm.")
+    if args.part and not args.start:
         for name in PARTS[args.part].needs:
             if not (args.out / PARTS[name].file).exists():
                 need = f"--part {args.part} needs {name} in {args.out}"
@@ -89,7 +93,8 @@ def main():
                 args.out.mkdir(parents=True, exist_ok=True)
                 steps = args.steps or part.steps
                 batch_size = args.batch_size or part.batch_size
-                part.make(Run(args.out, steps, batch_size, args.device, args.workers))
+                run = Run(args.out, steps, batch_size, args.device, args.workers, args.start)
+                part.make(run)
 
 
 if __name__ == "__main__":

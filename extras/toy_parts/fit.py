@@ -22,6 +22,7 @@ class Run:
     batch_size: int  # samples or conversations a step
     device: str = "cpu"
     workers: int = 0  # processes that prepare batches; 0 is in the training process
+    start: str = ""  # the folder of a part to train further, instead of a new one
 
 
 class Batches(Dataset):

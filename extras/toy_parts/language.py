@@ -33,17 +33,22 @@ from extras.toy_parts.vision import (
 from metaquery import SYSTEM_PROMPT, to_device
 from toy.scene import Scene, random_scene, render
 from toy.talk import TALKS, Talk, question, talks
-from toy.tasks import task
+from toy.tasks import FIRST_EDITS, task
 from toy.words import describe
 
 SYSTEM = {"role": "system", "content": SYSTEM_PROMPT}
+# A user's text begins with a space: the tokenizer knows each word by the space before it, and
+# "blue" without one is another token, which is rarely trained.
 CHAT_TEMPLATE = """{%- for message in messages -%}
 {{ '<|im_start|>' + message['role'] + '\n' }}
 {%- if message['content'] is string -%}
 {{ message['content'] }}
 {%- else -%}
 {%- for part in message['content'] -%}
-{%- if part['type'] == 'image' -%}{{ '<image>' }}{%- else -%}{{ part['text'] }}{%- endif -%}
+{%- if part['type'] == 'image' -%}{{ '<image>' }}
+{%- elif message['role'] == 'user' and part['text'] -%}{{ ' ' + part['text'] }}
+{%- else -%}{{ part['text'] }}
+{%- endif -%}
 {%- endfor -%}
 {%- endif -%}
 {{ '<|im_end|>\n' }}
@@ -283,6 +288,7 @@ def examine(model, processor, words_only=False, number=100):
         "answers": [Talk(*question(tests, scene), (scene,)) for scene in scenes],
     }
     kinds = ("position", "dense", "knowledge", "edit", "one subject", "two subjects", "association")
+    kinds += ("free wordings", "lists", "nearest", "free edit", *FIRST_EDITS)
     for kind in kinds:
         tasks = [task(kind, i, split="test") for i in range(number // 2)]
         groups[kind] = [Talk(each.prompt, each.plain, each.sources, True) for each in tasks]
@@ -343,13 +349,8 @@ def align(model, tokenizer, run):
     fit("align", [tower, projector], make, loss_of, 1e-3, run, steps=2400)
 
 
-def train_mllm(run):
-    """LLaVA-OneVision of tower and language model, which goes on talking, now of real images.
-
-    Tower and projector learn each patch's words, then stay as they are: a projector that is
-    trained on drifts away from the words, and the language model no longer reads it.
-    """
-    processor = AutoProcessor.from_pretrained(run.out / "mllm")
+def join(run, processor):
+    """LLaVA-OneVision of the tower and the language model in run.out, aligned."""
     tower = SiglipVisionModel.from_pretrained(run.out / "vision", dtype=torch.float32)
     language = Qwen2ForCausalLM.from_pretrained(run.out / "llm", dtype=torch.float32)
     tower.config.name_or_path = ""  # not the folder it was read from
@@ -372,6 +373,28 @@ def train_mllm(run):
 
     if not (run.out / "mllm.resume").exists():
         align(model, processor.tokenizer, run)
+    return model
+
+
+def train_mllm(run):
+    """LLaVA-OneVision of tower and language model, which goes on talking, now of real images.
+
+    Tower and projector learn each patch's words, then stay as they are: a projector that is
+    trained on drifts away from the words, and the language model no longer reads it. With
+    run.start, a folder of such an MLLM, it is this one that goes on talking.
+    """
+    processor = AutoProcessor.from_pretrained(run.start or run.out / "mllm")
+    if run.start:
+        options = {"dtype": torch.float32}
+        model = LlavaOnevisionForConditionalGeneration.from_pretrained(run.start, **options)
+        model.config.name_or_path = ""
+        lr = 1e-3
+        processor.chat_template = processor.tokenizer.chat_template = CHAT_TEMPLATE
+        processor.save_pretrained(run.out / "mllm")
+    else:
+        model = join(run, processor)
+        lr = 3e-4
+
     eye, projector = model.model.vision_tower, model.model.multi_modal_projector
     for part in (eye, projector, model.model.image_newline):
         part.requires_grad_(False)
@@ -389,7 +412,7 @@ def train_mllm(run):
 
     make = partial(talk_batch, run=run, processor=processor, to_states=to_states)
     evaluate = partial(examine, model, processor)
-    fit("mllm", [model], make, loss_of, 3e-4, run, evaluate, encode=encode)
-    model.generation_config.eos_token_id = config.eos_token_id
-    model.generation_config.pad_token_id = config.pad_token_id
+    fit("mllm", [model], make, loss_of, lr, run, evaluate, encode=encode)
+    model.generation_config.eos_token_id = model.config.eos_token_id
+    model.generation_config.pad_token_id = model.config.pad_token_id
     model.to(torch.bfloat16).save_pretrained(run.out / "mllm")
