@@ -8,7 +8,13 @@ import re
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
+from PIL import Image
+
+import public_weights
+from metaquery import TINY
+from notebooks.tiny_parts import make_openuni
 
 nbformat = pytest.importorskip("nbformat")
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
@@ -154,3 +160,15 @@ def test_results_are_printed_with_their_spread_and_shown_as_bars(table, monkeypa
     printed = capsys.readouterr().out
     assert "T3 --seeds 3 --steps 600 --batch-size 16 --lr 0.0002 --limit 50" in printed
     assert "0.50 ± 0.10" in printed and "0.75 ± 0.00" in printed
+
+
+def test_the_tiny_openuni_loads_and_takes_an_image(tmp_path):
+    make_openuni(tmp_path)
+    diffusion = TINY / "diffusion"
+    parts = {"mllm": tmp_path / "internvl", "diffusion": diffusion, "vae": diffusion / "vae"}
+    model = public_weights.load(tmp_path / "openuni.pth", **parts)
+    image = Image.new("RGB", (64, 64), "red")
+    cond, _ = model.encode_prompts(["a red star", "a star"])
+    other, _ = model.encode_prompts(["a star"], [[image]])
+    assert cond.shape == (2, 16, 192) and other.shape == (1, 16, 192)
+    assert not torch.equal(cond[1], other[0])
