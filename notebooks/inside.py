@@ -1,4 +1,4 @@
-"""What the queries look at inside the MLLM: attention maps, as tensors and as HTML for the page."""
+"""What the queries look at inside the MLLM: attention maps, for the notebooks and for the page."""
 
 import base64
 import html
@@ -53,6 +53,30 @@ def attention_maps(model, prompt, images=()):
     return stacked[..., : len(tokens)].float(), tokens
 
 
+def words_of(model, prompt, maps, tokens):
+    """The user's words among the tokens of a chat: maps (layers, heads, N, words), and the words.
+
+    maps, tokens: as of `attention_maps`.
+    """
+    end = len(tokens) - 1 - tokens[::-1].index("<|im_end|>")
+    start = end - len(model.tokenizer.tokenize(prompt))
+    string = model.tokenizer.convert_tokens_to_string
+    words = [string([token]).strip() for token in tokens[start:end]]
+    return maps[..., start:end], words
+
+
+def information(maps):
+    """What a place looked at tells about the query that looked, for each head of each layer.
+
+    maps (layers, heads, N, places). Returns (layers, heads): the mutual information of query and
+    place, times N. It is large where queries look at different places, and zero where all look
+    at the same.
+    """
+    maps = maps.clamp(min=1e-9)
+    mean = maps.mean(2, keepdim=True)  # over the queries
+    return (maps * (maps / mean).log()).sum((2, 3))
+
+
 def patch_maps(model, images, inputs, maps):
     """For each image the attention to its patches, (layers, heads, N, rows, columns).
 
@@ -81,40 +105,31 @@ def patch_maps(model, images, inputs, maps):
 
 
 def light_up(image, weights):
-    """An HTML <img> of a PIL image, dark but for the patches with much weight (rows, columns)."""
+    """A PIL image, dark but for the patches with much weight (rows, columns)."""
     rows, columns = weights.shape
     size = (160, 160 * rows // columns)
     image = ImageOps.fit(to_rgb(image), size, Image.Resampling.NEAREST)  # as the MLLM crops it
     dark = Image.blend(image, Image.new("RGB", size, (30, 30, 60)), 0.85)
     light = Image.fromarray((255 * weights / weights.max()).byte().cpu().numpy())
     mask = light.resize(size, Image.Resampling.NEAREST)
-
-    file = io.BytesIO()
-    Image.composite(image, dark, mask).save(file, "PNG")
-    data = base64.b64encode(file.getvalue()).decode()
-    return f'<img alt="" src="data:image/png;base64,{data}">'
+    return Image.composite(image, dark, mask)
 
 
-def name_of_head(maps, index):
-    """ "layer 3, head 1" for an index into the flattened layers and heads of maps."""
-    return "layer {}, head {}".format(*divmod(index, maps.shape[1]))
+def best_head(scores):
+    """(layer, head) of the largest of the scores (layers, heads)."""
+    return divmod(scores.argmax().item(), scores.shape[1])
 
 
 def word_table(maps, words, most):
-    """HTML: the first `most` queries' attention to the words; maps (layers, heads, N, words).
-
-    Of all heads, the one whose queries look at the most different words: their mutual information
-    is largest."""
-    flat = maps.flatten(0, 1).clamp(min=1e-9)  # (layers * heads, N, words)
-    information = (flat * (flat / flat.mean(1, keepdim=True)).log()).sum((1, 2))
-    index = information.argmax().item()
-    weights = flat[index][:most]  # (queries, words)
+    """HTML: the first `most` queries' attention to the words; maps (layers, heads, N, words)."""
+    layer, head = best_head(information(maps))
+    weights = maps[layer, head, :most]  # (queries, words)
 
     style = ""
     if len(words) > 8:
         style = "writing-mode: vertical-rl"
     cells = "".join(f"<th>{html.escape(word)}</th>" for word in words)
-    page = f"<h4>Words that each query looks at ({name_of_head(maps, index)})</h4>{READING}"
+    page = f"<h4>Words that each query looks at (layer {layer}, head {head})</h4>{READING}"
     page += f'<table><tr style="{style}"><th></th>{cells}</tr>'
     for number, row in enumerate((weights / weights.max()).tolist()):
         cells = ""
@@ -128,30 +143,30 @@ def word_table(maps, words, most):
 def look_inside(model, prompt, images=(), most=16):
     """HTML that shows what each of the first `most` queries looks at: words, and patches.
 
-    For each image it shows the head that looks hardest at single patches. Raises InputError if the
+    It shows the heads whose queries look at the most different places. Raises InputError if the
     model has no queries.
     """
     if model.config.condition_on == "last_layer":
         raise InputError("this model has no queries: its condition is the MLLM's last layer.")
     prompt = clean_prompt(model.tokenizer, prompt)
     maps, tokens = attention_maps(model, prompt, images)  # (layers, heads, N, T)
-    end = len(tokens) - 1 - tokens[::-1].index("<|im_end|>")
-    start = end - len(model.tokenizer.tokenize(prompt))
     page = STYLE
     if prompt:
-        words = [model.tokenizer.convert_tokens_to_string([token]) for token in tokens[start:end]]
-        page += word_table(maps[..., start:end], words, most)
+        page += word_table(*words_of(model, prompt, maps, tokens), most)
 
     found = []
     if images:
         inputs = model.format([prompt], [list(images)])
         found = patch_maps(model, images, inputs, maps)
     for image, patches in zip(images, found, strict=False):
-        patches = patches.flatten(0, 1)  # (layers * heads, N, rows, columns)
-        index = patches.amax((2, 3)).mean(1).argmax().item()
-        page += f"<h4>Patches that each query looks at ({name_of_head(maps, index)})</h4><div>"
-        for number, query in enumerate(patches[index][:most]):
-            page += f"<figure>{light_up(image, query)}query {number}</figure>"
+        layer, head = best_head(information(patches.flatten(3)))
+        page += f"<h4>Patches that each query looks at (layer {layer}, head {head})</h4><div>"
+        for number, weights in enumerate(patches[layer, head, :most]):
+            file = io.BytesIO()
+            light_up(image, weights).save(file, "PNG")
+            data = base64.b64encode(file.getvalue()).decode()
+            image_tag = f'<img alt="" src="data:image/png;base64,{data}">'
+            page += f"<figure>{image_tag}query {number}</figure>"
         page += "</div>"
     return f'<section class="maps">{page}</section>'
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from notebooks.inside import attention_maps, read_out
+from notebooks.inside import attention_maps, best_head, information, read_out, words_of
 
 
 @pytest.mark.parametrize("mllm", ("llava", "qwen", "qwen-vl"))
@@ -42,6 +42,25 @@ def test_the_faster_attention_is_back_afterwards(build):
     before = model.mllm.model.language_model.config._attn_implementation
     attention_maps(model, "a red star")
     assert model.mllm.model.language_model.config._attn_implementation == before != "eager"
+
+
+def test_the_users_words_are_found_in_the_chat(build):
+    model = build("llava")
+    maps, tokens = attention_maps(model, "a red star")
+    part, words = words_of(model, "a red star", maps, tokens)
+    assert "".join(words) == "aredstar"
+    ends = [i for i, token in enumerate(tokens) if token == "<|im_end|>"]
+    assert torch.equal(part, maps[..., ends[-1] - len(words) : ends[-1]])
+
+
+def test_the_best_head_is_the_one_whose_queries_look_at_different_places():
+    maps = torch.full((2, 3, 4, 4), 0.25)  # all queries look everywhere
+    maps[0, 1] = torch.tensor([1.0, 0, 0, 0])  # all look at the first place
+    maps[1, 2] = torch.eye(4)  # each looks at its own
+    scores = information(maps)
+    assert scores.shape == (2, 3) and best_head(scores) == (1, 2)
+    torch.testing.assert_close(scores[1, 2], 4 * torch.tensor(4.0).log())
+    assert scores[0].abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("width", (8, 400))  # fewer columns than rows, and more
