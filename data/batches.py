@@ -1,10 +1,12 @@
 """Rows to batches, read and processed by the loader's workers: tokens, pixels and noise."""
 
+import multiprocessing
 import random
 import re
 import signal
 import sys
 from collections import defaultdict
+from multiprocessing.util import Finalize
 from typing import NamedTuple
 
 import torch
@@ -318,6 +320,14 @@ def ignore_signals(worker):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
+def stop_workers():
+    """End the workers. Python asks them by SIGTERM, which they ignore, and waits forever."""
+    if hasattr(signal, "SIGCHLD"):  # torch would report each as failed
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
 def unchanged(item):
     return item
 
@@ -330,6 +340,7 @@ def open_batches(data, stage, collate, *, columns=None, streaming=False, first=0
     columns: {role: column}, see `open_sources`. places: all processes' `places()` of the run to
     resume. Toy samples and rows on disk depend on the step alone, not on processes or workers."""
     readers, mine = max(1, workers), None
+    Finalize(None, stop_workers, exitpriority=1)  # when this process ends, in whatever way
     if data == "toy":
         sources, weights = [ToyTasks(MIXTURES[stage], seed)], [1]
     else:
