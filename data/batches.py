@@ -52,8 +52,6 @@ class Batch(NamedTuple):
 class ToyTasks:
     """The toy world's tasks of some kinds, by weight. Deterministic in the index."""
 
-    name, epoch = "toy", 0
-
     def __init__(self, kinds, seed):
         self.kinds, self.weights = list(kinds), list(kinds.values())
         self.seed = seed

@@ -55,7 +55,7 @@ IMAGE = {"bytes": Value("large_binary"), "path": Value("string")}
 FEATURES = Features(name=Value("string"), error=Value("string"), text=Value("string"),
                     target=IMAGE, sources=List(IMAGE))  # fmt: skip
 
-EMPTY = {"text": "", "target": {}, "sources": []}
+EMPTY = {"error": "", "text": "", "target": {}, "sources": []}
 
 
 # ---- Which files -----------------------------------------------------------------------------
@@ -400,13 +400,7 @@ class Source:
                 time.sleep(wait)
 
         reason = f"{UNREADABLE} after {read} rows ({reason_of(error)})"
-        yield {
-            "name": self.short(paths[0]),
-            "error": reason,
-            "text": "",
-            "target": {},
-            "sources": [],
-        }
+        yield EMPTY | {"name": self.short(paths[0]), "error": reason}
 
     def shuffled(self, number, seed):
         """The rows of a shard in the order that a seed decides, within groups of GROUP rows."""
@@ -446,7 +440,7 @@ class Source:
 
     def standardize(self, name, raw):
         """A row of FEATURES; its "error" says why it cannot be used."""
-        row = {"name": name, "error": ""} | EMPTY
+        row = EMPTY | {"name": name}
         try:
             if isinstance(raw, Exception):
                 raise raw
