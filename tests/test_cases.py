@@ -913,8 +913,8 @@ def test_names_that_look_like_weights(tmp_path):
 
 
 HOPELESS = {
-    "no text column; its columns are image, words: name one with --text-column": lambda d: (
-        parquet(d / "a.parquet", image=[stored(image(0))], words=["x"])
+    "no text column; its columns are image, words: name one with --text-column": lambda d: parquet(
+        d / "a.parquet", image=[stored(image(0))], words=["x"]
     ),
     "an empty caption": lambda d: parquet(d / "a.parquet", image=[stored(image(0))], caption=[""]),
     "a caption that is a dict": lambda d: table(d / "a.jsonl", [{"image": "x", "text": {"a": 1}}]),
