@@ -1,17 +1,19 @@
 """Rows to batches, read and processed by the loader's workers: tokens, pixels and noise."""
 
+import multiprocessing
 import random
 import re
 import signal
 import sys
 from collections import defaultdict
+from multiprocessing.util import Finalize
 from typing import NamedTuple
 
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from data.order import MAX_BROKEN, OnDisk, Streamed, resume_place, turn
+from data.order import MAX_BROKEN, OnDisk, Stream, resume_place, turn
 from data.sources import UNREADABLE, Source, decode, parse_data, reason_of
 from metaquery import InputError, drop_conditions, to_pixels
 from toy.tasks import MIXTURES, task
@@ -49,8 +51,6 @@ class Batch(NamedTuple):
 
 class ToyTasks:
     """The toy world's tasks of some kinds, by weight. Deterministic in the index."""
-
-    name, epoch = "toy", 0
 
     def __init__(self, kinds, seed):
         self.kinds, self.weights = list(kinds), list(kinds.values())
@@ -109,13 +109,13 @@ class Collate:
         return Batch(micro_batches, 0)
 
 
-def open_sources(data, stage, columns, streaming, seed):
+def open_sources(data, stage, columns, streaming):
     """([Source or OnDisk of each dataset], [their weights]) of --data; raises InputError.
 
     columns: {role: a column's name, or names of each dataset in turn with commas between}.
     Without any weight, datasets are mixed by their numbers of rows, as by the paper's authors."""
     parts = parse_data(data)
-    sources, sizes = [], []
+    sources = []
     for number, (name, _) in enumerate(parts):
         names = {}
         for role in ROLES.get(stage, ("text", "target")):
@@ -125,17 +125,13 @@ def open_sources(data, stage, columns, streaming, seed):
                 raise InputError(f"--{role}-column: {count}: give one, or one for each.")
             names[role] = each[number % len(each)]
         source = Source(name, names)
-        sizes.append(source.num_rows)
-        if not streaming:
-            source = OnDisk(source, seed)
-            sizes[-1] = len(source.rows)
-        sources.append(source)
+        sources.append(source if streaming else OnDisk(source))
 
     weights = [weight or 1 for _, weight in parts]
     if not any(weight for _, weight in parts) and len(parts) > 1:
-        if None in sizes:
+        weights = [source.num_rows for source in sources]
+        if None in weights:
             raise InputError(f"--data {data}: sizes are unknown: give weights, NAME=WEIGHT.")
-        weights = sizes
     return sources, weights
 
 
@@ -163,7 +159,9 @@ class Report:
 
 
 class Reader(IterableDataset):
-    """Reads and collates the batches of one process: (Batch, Report), or an InputError."""
+    """Reads and collates the batches of one process: (Batch, Report), or an InputError.
+
+    places: where the reader of each worker begins, see `resume_place`; None for the toy world."""
 
     def __init__(self, sources, weights, collate, steps, share, rank, world, seed, places):
         self.sources, self.weights, self.collate = sources, weights, collate
@@ -176,17 +174,11 @@ class Reader(IterableDataset):
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         if self.places:
             place = self.places[worker]
-            self.number, self.readers, self.taken = (
-                place["reader"],
-                place["readers"],
-                place["taken"],
-            )
-            self.open = [
-                Streamed(source, self.seed, self.number, self.readers, stream)
+            self.taken = place["taken"]
+            self.streams = [
+                Stream(source, self.seed, place["reader"], place["readers"], stream)
                 for source, stream in zip(self.sources, place["streams"], strict=True)
             ]
-        else:
-            self.open = self.sources
 
         try:
             for step in self.steps[worker::workers]:
@@ -194,7 +186,7 @@ class Reader(IterableDataset):
                 first = (step * self.world + self.rank) * self.share
                 batch = self.read_batch(range(first, first + self.share))
                 if self.places:
-                    streams = [stream.place() for stream in self.open]
+                    streams = [stream.place() for stream in self.streams]
                     self.report.place = place | {"taken": self.taken, "streams": streams}
                 yield batch._replace(skipped=len(self.report.skipped)), self.report
         except InputError as error:  # raised in the main process, on one line
@@ -220,20 +212,17 @@ class Reader(IterableDataset):
         return True
 
     def take(self, index, fits=None):
-        """The usable `Row` for a sample index; raises InputError if there is none."""
-        if isinstance(self.open[0], ToyTasks):
-            return self.open[0][index]
+        """The next usable `Row`, for a sample index; raises InputError if there is none."""
+        if not self.places:
+            return self.sources[0][index]
 
-        number, place = turn(index, self.weights)
-        if self.places:  # each reader counts for itself: otherwise one may always miss a source
-            number, _ = turn(self.taken, self.weights)
-            self.taken += 1
-        source = self.open[number]
-        skipped_before = len(self.report.skipped)
-        for raw in source.candidates(place):
-            origin = (number, source.epoch, raw["name"])
-            if self.places or len(self.report.skipped) == skipped_before:  # no substitute
-                self.report.read[origin[:2]] += 1
+        number = turn(self.taken, self.weights)
+        self.taken += 1
+        stream, name = self.streams[number], self.sources[number].name
+        before = len(self.report.skipped)
+        for raw in stream.candidates():
+            origin = (number, stream.epoch, raw["name"])
+            self.report.read[origin[:2]] += 1
             try:
                 row = Row(*read_row(raw, self.collate.stage, index, self.seed), index, origin)
                 if fits is None or fits(row):
@@ -243,12 +232,9 @@ class Reader(IterableDataset):
             if number not in self.used and len(self.report.skipped) == MAX_BROKEN:
                 break
 
-        broken = self.report.skipped[skipped_before:]
-        if not broken:
-            reason = f"a reader, one of {source.readers}, finds no rows in --data {source.name}"
-            raise InputError(f"{reason}: use fewer --workers or processes, or more rows.")
-        _, _, name, reason = broken[0]
-        raise InputError(f"--data {source.name} has no usable row; first {name}: {reason}.")
+        broken = [*self.report.skipped[before:], (number, 0, name, "it has no rows")]
+        _, _, row, reason = broken[0]
+        raise InputError(f"--data {name} has no usable row; first {row}: {reason}.")
 
 
 class Batches:
@@ -278,7 +264,7 @@ class Batches:
         return batch
 
     def places(self):
-        """Where this process's readers are after the last batch, for JSON; None if not streamed."""
+        """Where this process's readers are after the last batch, for JSON; None for the toy."""
         return self.readers
 
     def count(self, report):
@@ -318,6 +304,14 @@ def ignore_signals(worker):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
+def stop_workers():
+    """End the workers. Python asks them by SIGTERM, which they ignore, and waits forever."""
+    if hasattr(signal, "SIGCHLD"):  # torch would report each as failed
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
 def unchanged(item):
     return item
 
@@ -328,14 +322,14 @@ def open_batches(data, stage, collate, *, columns=None, streaming=False, first=0
 
     data: "toy", or datasets, see `parse_data`. batch_size: samples in a step of all processes.
     columns: {role: column}, see `open_sources`. places: all processes' `places()` of the run to
-    resume. Toy samples and rows on disk depend on the step alone, not on processes or workers."""
-    readers, mine = max(1, workers), None
+    resume. Toy samples depend on the step alone, not on processes or workers."""
+    Finalize(None, stop_workers, exitpriority=1)  # when this process ends, in whatever way
     if data == "toy":
-        sources, weights = [ToyTasks(MIXTURES[stage], seed)], [1]
+        sources, weights, mine = [ToyTasks(MIXTURES[stage], seed)], [1], None
     else:
-        sources, weights = open_sources(data, stage, columns or {}, streaming, seed)
-    if data != "toy" and streaming:
+        sources, weights = open_sources(data, stage, columns or {}, streaming)
         saved = [place for process in places or [] for place in process]
+        readers = max(1, workers)
         mine = [
             resume_place(saved, sources, seed, rank * readers + reader, world * readers)
             for reader in range(readers)

@@ -1,13 +1,13 @@
 """In which order the rows of a dataset come, on disk and streamed, shared by readers and resumed.
 
-The order is a function of seed, epoch and shard alone, so that a stream resumes in constant time.
+The order is a function of seed, epoch and shard alone, so that a run resumes in constant time.
 The shuffled streams of `datasets` lose the rows of their buffers when they resume.
 """
 
 import hashlib
 import itertools
 import os
-import random
+from contextlib import suppress
 
 import numpy as np
 from datasets import Dataset
@@ -15,31 +15,33 @@ from datasets import Dataset
 from data.sources import FEATURES, reason_of
 from metaquery import InputError
 
-GROUP = 1000  # rows of a shard that are shuffled together when streaming
 MAX_BROKEN = 1000  # broken rows in a row, from the first on, that end a run
 
 
-def turn(index, weights):
-    """(number of the source of sample `index`, how many samples it had before), by weight."""
+def turn(taken, weights):
+    """The number of the source of a reader's next row, by weight, from the rows it has taken."""
     for number, weight in enumerate(weights[:-1]):
         share = weight / sum(weights[number:])
-        before = int(index * share)
-        if int((index + 1) * share) > before:
-            return number, before
-        index -= before
-    return len(weights) - 1, index
+        before = int(taken * share)
+        if int((taken + 1) * share) > before:
+            return number
+        taken -= before
+    return len(weights) - 1
 
 
 class OnDisk:
-    """A source copied once to the cache of `datasets`, in another order each epoch."""
+    """A source copied once to the cache of `datasets`; each epoch shuffles all of its rows."""
 
-    def __init__(self, source, seed):
-        self.name, self.shards, self.seed = source.name, source.shards, seed
-        self.epoch, self.order = None, None
+    num_pieces = 1
+
+    def __init__(self, source):
+        self.name, self.shards = source.name, source.shards
         identity = [FEATURES, source.columns]
         for path in itertools.chain.from_iterable(source.shards):
-            stat = None if "://" in path else os.stat(path)
-            identity.append((path, stat and (stat.st_size, stat.st_mtime_ns)))
+            identity.append(path)
+            with suppress(OSError):  # remote, or a link to nowhere
+                stat = os.stat(path)
+                identity.append((stat.st_size, stat.st_mtime_ns))
         try:
             self.rows = Dataset.from_generator(
                 source.read_all, FEATURES, writer_batch_size=100,
@@ -49,37 +51,33 @@ class OnDisk:
             reason = reason_of(error.__cause__ or error)
             fix = "free some disk, set HF_DATASETS_CACHE, or add --streaming true"
             raise InputError(f"cannot copy --data {source.name} ({reason}): {fix}.") from None
+        self.num_rows = len(self.rows)
 
-    def candidates(self, index):
-        """The row at a place of the run, then others that may stand for it if it is broken."""
-        epoch, place = divmod(index, len(self.rows))
-        if self.epoch != epoch:
-            self.epoch = epoch
-            self.order = np.random.default_rng((self.seed, epoch)).permutation(len(self.rows))
-        yield self.rows[int(self.order[place])]
+    def shuffled(self, piece, seed):
+        """Numbers of all rows in the order that a seed decides."""
+        return iter(np.random.default_rng(seed).permutation(self.num_rows).tolist())
 
-        others, tries = range(len(self.rows)), min(len(self.rows), MAX_BROKEN)
-        for other in random.Random(f"{self.seed} {index}").sample(others, tries):
-            yield self.rows[other]
+    def row(self, number):
+        return self.rows[number]
 
 
-class Streamed:
-    """One reader's rows of a source, read from a place on.
+class Stream:
+    """One reader's rows of a `Source` or an `OnDisk`, read from a place on.
 
     place: [the epoch to read after the pieces, pieces still to read]. A piece is a shard, or a
-    part of one: [epoch, number of the shard, cuts]; see `keep`. Its rows are shuffled in groups."""
+    part of one: [epoch, number of the shard, cuts]; see `keep`."""
 
     def __init__(self, source, seed, reader, readers, place):
-        self.name, self.source, self.seed = source.name, source, seed
+        self.source, self.seed = source, seed
         self.reader, self.readers = reader, readers
         self.next_epoch, self.pieces = place
         self.epoch, self.read = self.next_epoch, 0
         self.rows = self.read_on()
 
-    def candidates(self, index):
-        """The next rows, up to the end of the first epoch of which none was used."""
+    def candidates(self):
+        """The next rows, until this reader has had a turn at each part of the source."""
         begun = 0
-        while begun < 2:
+        while begun <= self.readers:
             row = next(self.rows)
             begun += row is None
             if row is not None:
@@ -90,22 +88,23 @@ class Streamed:
         while True:
             if not self.pieces:
                 yield None
-                shards = len(self.source.shards)
-                self.pieces = plan(shards, self.seed, self.next_epoch, self.reader, self.readers)
+                self.pieces = plan(
+                    self.source, self.seed, self.next_epoch, self.reader, self.readers
+                )
                 self.next_epoch += 1
 
             while self.pieces:
                 self.epoch, shard, cuts = piece = self.pieces[0]
-                rows = shuffled(self.source.read(shard), (self.seed, self.epoch, shard))
+                rows = self.source.shuffled(shard, (self.seed, self.epoch, shard))
                 for cut in cuts:
                     rows = keep(rows, *cut)
                 row = next(rows, None)
-                while row:
+                while row is not None:
                     following = next(rows, None)
                     self.read += 1
-                    if not following:  # before the last row is used: a place after it is the next's
+                    if following is None:  # a place after the last row is the next piece's
                         self.pieces, self.read = self.pieces[1:], 0
-                    yield row
+                    yield self.source.row(row)
                     row = following
                 if self.pieces and self.pieces[0] is piece:  # it had no rows
                     self.pieces = self.pieces[1:]
@@ -117,16 +116,6 @@ class Streamed:
             epoch, shard, cuts = pieces[0]
             pieces[0] = [epoch, shard, [*cuts, [self.read, 0, 1, 1]]]
         return [self.next_epoch, pieces]
-
-
-def shuffled(rows, seed):
-    """Rows in the order that a seed decides, within groups of GROUP rows."""
-    for number in itertools.count():
-        group = list(itertools.islice(rows, GROUP))
-        for place in np.random.default_rng((*seed, number)).permutation(len(group)):
-            yield group[place]
-        if len(group) < GROUP:
-            return
 
 
 def keep(rows, first, low, high, parts):
@@ -152,10 +141,12 @@ def deal(pieces, reader, readers):
     return share
 
 
-def plan(shards, seed, epoch, reader, readers):
-    """The pieces that a reader reads in an epoch."""
-    order = np.random.default_rng((seed, epoch)).permutation(shards).tolist()
-    return deal([[epoch, shard, []] for shard in order], reader, readers)
+def plan(source, seed, epoch, reader, readers):
+    """The pieces of a source that a reader reads in an epoch.
+
+    Readers change places each epoch, so that each has rows at times where there are few."""
+    order = np.random.default_rng((seed, epoch)).permutation(source.num_pieces).tolist()
+    return deal([[epoch, shard, []] for shard in order], (reader + epoch) % readers, readers)
 
 
 def resume_place(saved, sources, seed, reader, readers):
@@ -176,7 +167,7 @@ def resume_place(saved, sources, seed, reader, readers):
             next_epoch, pieces = old["streams"][number]
             rest += pieces
             for epoch in range(next_epoch, latest):
-                rest += plan(len(source.shards), seed, epoch, old["reader"], old["readers"])
+                rest += plan(source, seed, epoch, old["reader"], old["readers"])
 
         # Pieces of equal lengths are dealt together: so all readers end an epoch together.
         def kind(piece):

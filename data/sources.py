@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Features, List, Value, load_dataset, load_dataset_builder
@@ -31,10 +32,12 @@ IMAGES = ("jpg", "jpeg", "png", "webp", "avif", "bmp", "gif", "tif", "tiff")
 TABLES = ("parquet", "arrow", "jsonl", "json", "csv", "tsv")
 # Known names of each column, in lower case; train.py's flags name others.
 COLUMNS = {
-    "text": ("txt", "text", "caption", "prompt", "edited_prompt_list", "instruction"),
-    "target": (*IMAGES, "image", "edited_img", "target_image", "target_img", "file_name"),
-    "sources": ("src_img", "source_images", "source_image", "source_img"),
-}
+    "text": ("txt", "text", "caption", "prompt", "edited_prompt_list", "instruction",
+             "edit_prompt", "captions", "description", "title"),
+    "target": (*IMAGES, "image", "edited_img", "edited_image", "target_image", "target_img", "img",
+               "file_name", "filename", "filepath", "file_path", "image_path", "path"),
+    "sources": ("src_img", "source_images", "source_image", "source_img", "original_image"),
+}  # fmt: skip
 # The words in names of folders and files by which `datasets` tells splits.
 SPLIT_WORDS = {
     "train": ("train", "training"),
@@ -44,6 +47,7 @@ SPLIT_WORDS = {
 NETWORK = {"httpx", "httpx2", "requests", "urllib3", "aiohttp", "huggingface_hub"}
 RETRY_SECONDS = (1, 5, 30)  # how long to wait before each new try
 UNREADABLE = "unreadable shard"  # how the error of a whole shard begins
+GROUP = 1000  # rows of a shard that are shuffled together when streaming
 PEEK = 1000  # rows in which one must have the columns
 FOLDER_SHARD = 100  # images of a folder that are one shard
 
@@ -51,7 +55,7 @@ IMAGE = {"bytes": Value("large_binary"), "path": Value("string")}
 FEATURES = Features(name=Value("string"), error=Value("string"), text=Value("string"),
                     target=IMAGE, sources=List(IMAGE))  # fmt: skip
 
-EMPTY = {"text": "", "target": {}, "sources": []}
+EMPTY = {"error": "", "text": "", "target": {}, "sources": []}
 
 
 # ---- Which files -----------------------------------------------------------------------------
@@ -100,7 +104,8 @@ def files_of_split(files, split, only_folders):
     Names of folders decide, and names of files if no folder's does and not `only_folders`."""
 
     def has(text, words):
-        return re.search(rf"(^|[-._ 0-9/])({'|'.join(map(re.escape, words))})([-._ 0-9/]|$)", text)
+        word = "|".join(map(re.escape, words))
+        return re.search(rf"(^|[-._ 0-9/])({word})([-._ 0-9/]|$)", text, re.IGNORECASE)
 
     all_words = [split, *itertools.chain(*SPLIT_WORDS.values())]
     parts = {file: os.path.dirname(file) for file in files}
@@ -256,15 +261,23 @@ def read_table(path, columns):
             for batch in table.iter_batches(64, columns=used, use_threads=False):
                 yield from (dict.fromkeys(names) | row for row in batch.to_pylist())
         elif suffix == "arrow":
-            for batch in pa.ipc.open_stream(file):
-                for start in range(0, len(batch), 64):
-                    yield from batch.slice(start, 64).to_pylist()
+            start = file.read(6)
+            file.seek(0)
+            if start == b"ARROW1":
+                table = pa.ipc.open_file(file)
+                batches = map(table.get_batch, range(table.num_record_batches))
+            else:
+                batches = pa.ipc.open_stream(file)
+            for batch in batches:
+                for row in range(0, len(batch), 64):
+                    yield from batch.slice(row, 64).to_pylist()
         elif suffix in ("csv", "tsv"):
             csv.field_size_limit(2**31 - 1)
             text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
-            header = text.readline()
+            header = re.sub('"[^"]*"', "", text.readline())
             text.seek(0)
-            yield from csv.DictReader(text, delimiter=max(",;\t", key=header.count))
+            delimiter = max(",;\t", key=header.count)
+            yield from csv.DictReader(text, delimiter=delimiter, skipinitialspace=True)
         else:
             lines = (line.removeprefix(b"\xef\xbb\xbf") for line in file)
             lines = (line for line in lines if line.strip())
@@ -358,13 +371,13 @@ class Source:
             advice = "name a hub id, or a folder of tars, parquet files or images with captions"
             raise InputError(f"cannot read --data {name} ({reason_of(error)}): {advice}.") from None
 
-        reasons = []
+        reasons = {}  # the first of each way
         for self.shards in ways:
             for row in itertools.islice(self.read_all(), PEEK):
                 if not row["error"]:
                     return
-                reasons.append(f"first {row['name']}: {row['error']}")
-        reason = (reasons or ["it has no rows"])[0]
+                reasons.setdefault(self.shards[0][0], f"first {row['name']}: {row['error']}")
+        reason = "; ".join(reasons.values()) or "it has no rows"
         raise InputError(f"--data {name} has no usable row; {reason}.")
 
     def read_all(self):
@@ -387,13 +400,24 @@ class Source:
                 time.sleep(wait)
 
         reason = f"{UNREADABLE} after {read} rows ({reason_of(error)})"
-        yield {
-            "name": self.short(paths[0]),
-            "error": reason,
-            "text": "",
-            "target": {},
-            "sources": [],
-        }
+        yield EMPTY | {"name": self.short(paths[0]), "error": reason}
+
+    def shuffled(self, number, seed):
+        """The rows of a shard in the order that a seed decides, within groups of GROUP rows."""
+        rows = self.read(number)
+        for count in itertools.count():
+            group = list(itertools.islice(rows, GROUP))
+            for place in np.random.default_rng((*seed, count)).permutation(len(group)):
+                yield group[place]
+            if len(group) < GROUP:
+                return
+
+    def row(self, row):
+        return row
+
+    @property
+    def num_pieces(self):
+        return len(self.shards)
 
     def short(self, path):
         return path.removeprefix(self.folder).lstrip("/\\")
@@ -409,11 +433,14 @@ class Source:
                 yield f"{name} row {number}", row
         else:
             for key, row in grouped(((path, {"path": path}) for path in paths), self.known):
-                yield self.short(key), row
+                images = [column for column in row if column in IMAGES]  # 0.jpg and 0.png are two
+                for column in images or [""]:
+                    others = set(images) - {column}
+                    yield self.short(key), {n: row[n] for n in row if n not in others}
 
     def standardize(self, name, raw):
         """A row of FEATURES; its "error" says why it cannot be used."""
-        row = {"name": name, "error": ""} | EMPTY
+        row = EMPTY | {"name": name}
         try:
             if isinstance(raw, Exception):
                 raise raw
@@ -431,13 +458,21 @@ class Source:
             for role, names in self.columns.items():
                 found = self.find(values, role)
                 if not found and not values.keys() & set(names):
+                    missing = f"no {role} column"
+                    if len(names) == 1:
+                        missing = f"no column {names[0]}"
+                    if "url" in values:
+                        missing += ", only a URL: download the images first"
                     have = f"its columns are {', '.join(map(str, raw))}"
-                    fix = f"name one with --{role}-column"
-                    raise ValueError(f"no column {' or '.join(names)}; {have}: {fix}")
+                    raise ValueError(f"{missing}; {have}: name one with --{role}-column")
                 if not found and role != "sources":
                     raise ValueError({"text": "an empty caption", "target": "no image"}[role])
                 if role == "text":
+                    while isinstance(found[0], list):  # lists of lists
+                        found = entries(found[0]) or [""]
                     row["text"] = text_of(found[0])
+                elif role == "target" and len(found) > 1:
+                    raise ValueError(f"{len(found)} target images")
                 elif role == "target":
                     row["target"] = self.image_of(found[0], base)
                 else:
@@ -470,5 +505,7 @@ class Source:
             raise ValueError("the URL of an image: download the images first")
         if len(value) > 100 and "." not in value:
             return {"bytes": base64.b64decode(value.rpartition(",")[2])}
+        if "://" in value:
+            return {"path": value}
         paths = [os.path.join(folder, value.replace("\\", "/")) for folder in (base, self.folder)]
         return {"path": next(filter(os.path.exists, paths), paths[0])}

@@ -113,6 +113,18 @@ def test_sample_prompts_may_be_a_file(parts, tmp_path):
     assert sheet.size == (2 * 64, 64)
 
 
+def test_data_that_end_a_run_leave_no_worker_waiting(parts, tmp_path):
+    """Workers ignore SIGTERM, by which Python would end them: the run must not wait for them."""
+    rows = {"image": [b"broken"] * 3, "caption": ["a star"] * 3}
+    (tmp_path / "data").mkdir()
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "data" / "x.parquet")
+    argv = flags(parts, tmp_path / "run", data=tmp_path / "data", workers=2)
+    options = {"cwd": ROOT, "env": environment(), "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, "train.py", *argv], timeout=60, **options)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and "has no usable row; first x.parquet row" in last
+
+
 # ---- Ctrl-C --------------------------------------------------------------------------------------
 def interrupted(command, after, twice=False):
     """(exit code, stderr's lines) of a command that gets Ctrl-C once `after()` holds."""
