@@ -78,9 +78,14 @@ def set_up(parser):
 def errors_in_one_line():
     """Exit with one line on errors of the input or the machine; bugs keep their traceback."""
     import torch
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
     from metaquery import InputError
 
+    # Their reports of missing weights, dozens of lines, would bury the line that we print.
+    diffusers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     except InputError as error:

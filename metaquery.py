@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -34,6 +35,7 @@ import transformers
 from accelerate import init_empty_weights
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import ModelHubMixin, snapshot_download
+from jinja2 import TemplateError
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -166,6 +168,12 @@ class PromptFormat:
 
     def chat(self, prompt, num_images=0, system=SYSTEM_PROMPT):
         """Chat messages: the system's, and a user turn with images, then the text."""
+        if system and not self.takes_system:
+            prompt, system = f"{system}\n\n{prompt}", None
+        return self.messages(prompt, num_images, system)
+
+    def messages(self, prompt, num_images, system):
+        """Chat messages in the shape that the processor's template wants."""
         if self.takes_images:
             parts = [{"type": "image"}] * num_images
             user = [*parts, {"type": "text", "text": prompt}]
@@ -177,6 +185,16 @@ class PromptFormat:
         if system is not None:
             messages.insert(0, {"role": "system", "content": system_parts})
         return messages
+
+    @cached_property
+    def takes_system(self):
+        """Whether the chat template has a system role: Gemma's raises an exception."""
+        try:
+            messages = self.messages("", 0, SYSTEM_PROMPT)
+            text = self.processor.apply_chat_template([messages], tokenize=False)[0]
+        except TemplateError:
+            return False
+        return SYSTEM_PROMPT in text
 
 
 def clean_prompt(tokenizer, prompt, limit=MAX_PROMPT_TOKENS):
@@ -429,6 +447,7 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
         self.tokenizer = self.format.tokenizer
         self.generation_config = dict(GENERATION)
         self.is_offloaded = False
+        self.has_own_diffusion = config.train_diffusion  # not the named folder's
 
         d = mllm.config.get_text_config().hidden_size
         self.queries = nn.Parameter(torch.randn(config.num_queries, d) * 0.02)  # (N, d)
@@ -580,13 +599,16 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
                 prompts = [prompts]
             prompts = self.format(prompts, images)
         shape = (len(prompts["input_ids"]), 3, self.resolution, self.resolution)
-        if targets.shape != shape or not targets.is_floating_point():
+        is_float = torch.is_tensor(targets) and targets.is_floating_point()
+        if not is_float or targets.shape != shape:
             raise InputError(f"targets must be floats in [-1, 1] of shape {shape}.")
         x = self.encode_latents(targets)  # (B, C, h, w)
         cond, extra = self.encode_inputs(prompts)  # (B, L, c)
 
         if u is None:
             u = torch.rand(len(x), device=x.device)  # (B·K,)
+        if not len(u) or len(u) % len(x) or noise is not None and len(noise) != len(u):
+            raise InputError("u and noise must have the same number K of each target.")
         repeats = len(u) // len(x)  # K
         x = x.repeat_interleave(repeats, 0)  # (B·K, C, h, w)
         cond, extra = repeat(cond, repeats), repeat(extra, repeats)
@@ -644,6 +666,8 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
         latents are not finite."""
         if isinstance(prompts, str):
             prompts = [prompts]
+        if not isinstance(prompts, list | tuple):
+            raise InputError("prompts must be a string or a list of strings.")
         prompts, images = list(prompts), image_lists(prompts, images)
         defaults = self.generation_config
         if num_inference_steps is None:
@@ -652,15 +676,20 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
             guidance_scale = defaults["guidance_scale"]
         if image_guidance_scale is None:
             image_guidance_scale = defaults["image_guidance_scale"]
-        if not prompts or min(num_inference_steps, num_images_per_prompt) < 1:
+        counts = (num_inference_steps, num_images_per_prompt)
+        if not prompts or not all(isinstance(n, int) and n > 0 for n in counts):
             raise InputError("give at least one prompt, step and image per prompt.")
-        if not np.isfinite([guidance_scale, image_guidance_scale]).all():
-            raise InputError("guidance scales must be finite numbers.")
+        for scale in (guidance_scale, image_guidance_scale):
+            if not isinstance(scale, int | float) or not np.isfinite(scale):
+                raise InputError("guidance scales must be finite numbers.")
 
         # Each branch of guidance is one way to condition. They are one batch: text and
         # images; negative prompt and images; negative prompt and black images.
-        if isinstance(negative_prompt, str):
+        if isinstance(negative_prompt, str | None):
             negative_prompt = [negative_prompt] * len(prompts)
+        is_list = isinstance(negative_prompt, list | tuple)
+        if not is_list or len(negative_prompt) != len(prompts):
+            raise InputError("give one negative prompt, or one for each prompt.")
         negative = [text or None for text in negative_prompt]
         all_prompts, all_images = list(prompts), list(images)
         guides_by_images = any(images) and image_guidance_scale > 1
@@ -714,7 +743,8 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
         for name, pixels in (("height", height), ("width", width)):
             if pixels is None:
                 pixels = self.generation_config.get(name) or self.resolution
-            if pixels < 1 or pixels % unit and pixels != self.resolution:
+            is_whole = isinstance(pixels, int) and pixels >= 1
+            if not is_whole or pixels % unit and pixels != self.resolution:
                 raise InputError(f"{name} is {pixels}: give a multiple of {unit}.")
             sizes.append(pixels // self.downsampling)
         return sizes
@@ -766,7 +796,9 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
         return {
             name: parameter.detach().contiguous()
             for name, parameter in self.named_parameters()
-            if parameter.requires_grad or name == "queries"  # random ones are kept too
+            if parameter.requires_grad
+            or name == "queries"  # random ones are kept too
+            or name.startswith("diffusion.") and self.has_own_diffusion
         }
 
     def load_trained_state_dict(self, state, source, dtype=None):
@@ -774,7 +806,8 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
 
         dtype: the weights become these tensors, in it. None: they are copied."""
         expected = self.trained_state_dict()
-        if any(name.startswith("diffusion.") for name in state):  # frozen from here on
+        if any(name.startswith("diffusion.") for name in state):
+            self.has_own_diffusion = True  # also if it is frozen from here on
             expected = self.diffusion.state_dict(prefix="diffusion.") | expected
         shapes = {name: x.shape for name, x in state.items()}
         fits = {name for name, x in expected.items() if shapes.get(name) == x.shape}
@@ -821,7 +854,7 @@ class MetaQuery(nn.Module, ModelHubMixin, library_name="metaquery", license="mit
             model = cls(config, mllm, processor, diffusion, vae, scheduler)
         model.load_trained_state_dict(state, source, trained_dtype)
         if not config.train_diffusion:
-            model.diffusion.to(dtype)
+            nn.Module.to(model.diffusion, dtype)  # diffusers' own warns
         return model
 
 
@@ -887,7 +920,11 @@ def load_mllm(config, dtype):
     model_class = transformers.AutoModelForCausalLM
     processor_class = transformers.AutoTokenizer
     with loading(name, "--mllm"):
-        if hasattr(transformers.AutoConfig.from_pretrained(name), "vision_config"):
+        found = transformers.AutoConfig.from_pretrained(name)
+        if hasattr(found, "vision_config"):
+            if not found.model_type.startswith(("llava_onevision", "qwen", "internvl")):
+                fix = "give LLaVA-OneVision, Qwen2.5-VL or InternVL3 as --mllm"
+                raise InputError(f"{name} is of type {found.model_type}: {fix}.")
             model_class = transformers.AutoModelForImageTextToText
             processor_class = transformers.AutoProcessor
         processor = processor_class.from_pretrained(name)
@@ -901,15 +938,36 @@ def load_mllm(config, dtype):
         return load_weights(model_class, name, "--mllm", dtype=dtype), processor
 
 
+DIFFUSION_CLASSES = ("SanaTransformer2DModel", "SD3Transformer2DModel",
+                     "UNet2DConditionModel")  # fmt: skip
+
+
+def check_diffusion(name, config):
+    """Raise InputError if a model takes more than noisy latents, a time and a text."""
+    kind, channels = config["_class_name"], config.get("in_channels")
+    inputs = ("addition_embed_type", "class_embed_type", "num_class_embeds",
+              "guidance_embeds")  # fmt: skip
+    for field in inputs:
+        if config.get(field):
+            kind += f" with {field}"
+    if channels != (config.get("out_channels") or channels):
+        kind += f" of {channels} input channels"
+    if kind not in DIFFUSION_CLASSES:
+        fix = "give Sana, Stable Diffusion 1.5 or 3 as --diffusion"
+        raise InputError(f"{name} is a {kind}, which takes other inputs: {fix}.")
+
+
 def load_diffusion(config, dtype, without_weights=False):
     """(diffusion model, VAE, scheduler): Sana's, SD3's or Stable Diffusion 1.5's."""
     name, load = config.diffusion, diffusers.AutoModel
     with loading(name, "--diffusion"):
         try:
-            load.load_config(name, subfolder="transformer")
+            found = load.load_config(name, subfolder="transformer")
             part, scheduler_class = "transformer", diffusers.DPMSolverMultistepScheduler
         except OSError:  # it has no such folder
+            found = load.load_config(name, subfolder="unet")
             part, scheduler_class = "unet", diffusers.DDPMScheduler
+        check_diffusion(name, found)
         settings = scheduler_class.load_config(name, subfolder="scheduler")
         if settings["_class_name"] == "FlowMatchEulerDiscreteScheduler":  # SD3
             scheduler_class = diffusers.FlowMatchEulerDiscreteScheduler
@@ -918,10 +976,9 @@ def load_diffusion(config, dtype, without_weights=False):
         if config.train_diffusion:
             trained_dtype = torch.float32
         if without_weights:  # a checkpoint has them
-            settings = load.load_config(name, subfolder=part)
-            diffusion_class = getattr(diffusers, settings["_class_name"])
+            diffusion_class = getattr(diffusers, found["_class_name"])
             with init_empty_weights():
-                diffusion = diffusion_class.from_config(settings)
+                diffusion = diffusion_class.from_config(found)
         else:
             options = {"subfolder": part, "torch_dtype": trained_dtype}
             diffusion = load_weights(load, name, "--diffusion", **options)
@@ -931,6 +988,11 @@ def load_diffusion(config, dtype, without_weights=False):
         if not config.vae:
             options["subfolder"] = "vae"
         vae = load_weights(load, config.vae or name, "--vae", **options)
+        channels = vae.config.latent_channels
+        if channels != found["in_channels"]:
+            reason = f"the VAE's latents have {channels} channels"
+            needed = found["in_channels"]
+            raise InputError(f"{reason}, {name}'s {needed}: give another --vae.")
     return diffusion, vae, scheduler
 
 

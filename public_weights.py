@@ -477,6 +477,7 @@ def load(
 
     model_class = of_class({"openuni": OpenUni, "unipic2": UniPic2}[config.family])
     model = model_class.from_state(config, state, path or name, dtype, trained_dtype)
+    model.has_own_diffusion = has_diffusion(state) and not place or config.train_diffusion
     model.generation_config |= settings or model_class.settings
     if config.family == "openuni" and config.round_rotary:
         for key, buffer in model.mllm.named_buffers():

@@ -295,7 +295,7 @@ def prepare(model, job):
         raise InputError(job.error or f"too many images: give at most {MAX_IMAGES}.")
     folder = Path(job.prompts or "").parent
     images = [open_image(name, folder) for name in job.images]
-    model.latent_size(job.height, job.width)  # refuses some sizes
+    model.latent_size(job.height, job.width, [images])  # refuses some sizes
 
     notes = {"prompt": job.prompt, "seed": job.seed, "steps": job.steps}
     notes |= {"guidance": job.guidance, "image guidance": job.image_guidance}
@@ -332,16 +332,16 @@ def generate_jobs(model, jobs, args):
 
     from metaquery import InputError
 
-    # A batch has one height and width: rows of others begin a new one.
     size = max(1, args.batch_size // args.num_images)
-    batches = []
-    for _, group in groupby(jobs, lambda job: (job.height, job.width)):
-        group = list(group)
-        batches += [group[start : start + size] for start in range(0, len(group), size)]
-
+    batches = [jobs[start : start + size] for start in range(0, len(jobs), size)]
     out, sheet, count = args.out, [], 0
     # The bar appears where it takes long, and leaves no line behind.
     bar = tqdm(total=args.steps * len(batches), delay=2, leave=False)
+
+    def kind(prepared):  # what is generated at once has one size, and images or none
+        job, (_, images), _ = prepared
+        return model.latent_size(job.height, job.width, [images]), not images
+
     for batch in batches:
         ready = []
         for job in batch:
@@ -349,30 +349,29 @@ def generate_jobs(model, jobs, args):
                 ready.append((job, *prepare(model, job)))
             except InputError as error:
                 job.error = str(error)
-        if not ready:
-            continue
 
-        good, rows, notes = zip(*ready, strict=True)
-        seeds = [job.seed for job in good]
-        negative = [job.negative_prompt for job in good]
-        step = lambda _: bar.update()  # noqa: E731
-        results = generate(model, rows, good[0], seeds, None, negative, step)
+        for _, group in groupby(ready, kind):
+            good, rows, notes = zip(*group, strict=True)
+            seeds = [job.seed for job in good]
+            negative = [job.negative_prompt for job in good]
+            step = lambda _: bar.update()  # noqa: E731
+            results = generate(model, rows, good[0], seeds, None, negative, step)
 
-        # A new name is taken only now that there is something to save.
-        if not out and args.prompts:
-            out = cli.free_name("samples")
-        out = Path(out or cli.free_name("sample.png"))
-        for job, row, texts, images in zip(good, rows, notes, results, strict=True):
-            count += len(images)
-            if line := unchanged(model, *row, images[0]):
-                texts["note"] = line
-                print(line, flush=True)
-            if out.suffix:
-                sheet += images
-                continue
-            out.mkdir(parents=True, exist_ok=True)
-            for number, image in enumerate(images, job.number * args.num_images):
-                save_image(image, cli.free_name(out / f"{number:05d}.png"), **texts)
+            # A new name is taken only now that there is something to save.
+            if not out and args.prompts:
+                out = cli.free_name("samples")
+            out = Path(out or cli.free_name("sample.png"))
+            for job, row, texts, images in zip(good, rows, notes, results, strict=True):
+                count += len(images)
+                if line := unchanged(model, *row, images[0]):
+                    texts["note"] = line
+                    print(line, flush=True)
+                if out.suffix:
+                    sheet += images
+                    continue
+                out.mkdir(parents=True, exist_ok=True)
+                for number, image in enumerate(images, job.number * args.num_images):
+                    save_image(image, cli.free_name(out / f"{number:05d}.png"), **texts)
     bar.close()
 
     if sheet:

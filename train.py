@@ -126,6 +126,11 @@ class TrainConfig:
     cache_prompts: bool = False  # keep what the frozen MLLM computes of text prompts
 
     def __post_init__(self):
+        if (self.data or self.recipe["data"]) == "toy":
+            for name in ("streaming", "text_column", "target_column", "sources_column"):
+                if getattr(self, name):
+                    flag = name.replace("_", "-")
+                    raise InputError(f"--{flag} has no effect with --data toy: leave it out.")
         for name, value in self.recipe.items():
             if getattr(self, name, 0) is None:
                 setattr(self, name, value)
@@ -160,20 +165,18 @@ class TrainConfig:
 # ---- Model and optimizer -------------------------------------------------------------
 def build_model(config, changes, device, dtype):
     """The model on its device, frozen parts in `dtype`; `changes` replace config fields."""
-    model_class = MetaQuery
+    mixins = []
     if config.cache_prompts:
-        model_class = type("Model", (attention.KeepsPrompts, model_class), {})
+        mixins.append(attention.KeepsPrompts)
     if config.cache_latents:
-        model_class = type("Model", (attention.KeepsLatents, model_class), {})
+        mixins.append(attention.KeepsLatents)
 
-    if config.checkpoint and model_class is MetaQuery:
-        model = public_weights.load(config.checkpoint, dtype, **changes)
-    elif config.checkpoint:  # public weights have model classes of their own
-        if not Path(config.checkpoint).exists() and "/" not in config.checkpoint:
-            fix = "leave out --cache-prompts and --cache-latents"
-            raise InputError(f"{config.checkpoint} takes no cache: {fix}.")
-        model = model_class.from_pretrained(config.checkpoint, dtype, **changes)
+    if config.checkpoint:
+        model = public_weights.load(config.checkpoint, dtype, mixins=mixins, **changes)
     else:
+        model_class = MetaQuery
+        if mixins:
+            model_class = type("Model", (*mixins, MetaQuery), {})
         preset = MetaQueryConfig.preset(config.size, **changes)
         model = model_class.from_config(preset, dtype)
         shipped = HERE / "weights" / config.size / "generation_config.json"

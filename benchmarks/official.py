@@ -127,7 +127,11 @@ def geneval(data):
 def dpg(data):
     """A folder of prompts, one .txt each; NAME.png, a 2x2 grid of four images without a gap."""
     for path in data_files(folder_of(data, ("dpg_bench/prompts", "prompts")), {".txt"}):
-        yield Item(read_text(path).strip(), number=4, sheet=f"{path.stem}.png", source=str(path))
+        try:
+            prompt = read_text(path).strip()
+        except UnicodeError:
+            prompt = None  # named when its turn comes
+        yield Item(prompt, number=4, sheet=f"{path.stem}.png", source=str(path))
 
 
 def wise(data, rewritten=False):
@@ -139,7 +143,7 @@ def wise(data, rewritten=False):
     for path in data_files(folder, {".json"}):
         if path.stem != "merge" and path.stem.endswith("_rewrite") == rewritten:
             for i, row in enumerate(json.loads(read_text(path)), 1):
-                yield Item(row["Prompt"], [f"{row['prompt_id']}.png"], source=f"{path} row {i}")
+                yield Item(row.get("Prompt"), [f"{row['prompt_id']}.png"], source=f"{path} row {i}")
 
 
 def commonsense(data):
@@ -171,7 +175,8 @@ def mjhq(data):
     """meta_data.json, {id: {"category", "prompt"}}; CATEGORY/ID.png, for FID to its images."""
     path = find(data, ("meta_data.json",))
     for name, row in json.loads(read_text(path)).items():
-        yield Item(row["prompt"], [f"{row['category']}/{name}.png"], source=f"{path} row {name}")
+        file = f"{row['category']}/{name}.png"
+        yield Item(row.get("prompt"), [file], source=f"{path} row {name}")
 
 
 def coco(data):
@@ -305,8 +310,10 @@ def generate_items(model, batch, args, out):
     for place, item in batch:
         try:
             images = [open_image(path) for path in item.images]
-            if not isinstance(item.prompt, str):
-                raise InputError(f"{item.source}: its prompt is no text.")
+            item.prompt.encode()  # fails where it is no text, or half a surrogate pair
+        except (AttributeError, UnicodeError):
+            errors.append(f"{item.source}: its prompt is no text.")
+            continue
         except InputError as error:
             errors.append(str(error))
             continue

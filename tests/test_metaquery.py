@@ -1,5 +1,6 @@
 """The method: two passes are one, the MLLM is untouched, losses and guidance are formulas."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -366,3 +367,66 @@ def test_an_offloaded_model_generates_the_same(build, monkeypatch):
         name for name in ("mllm", "connector", "diffusion", "vae") for _ in ("there", "back")
     ]
     assert model.answer("a star", images[0], max_new_tokens=3) == answer
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ({"targets": torch.zeros(2, 3, 8, 8)}, r"of shape \(1, 3, 8, 8\)"),
+        ({"targets": torch.zeros(1, 3, 16, 16)}, r"of shape \(1, 3, 8, 8\)"),
+        ({"targets": torch.zeros(1, 3, 8, 8).byte()}, "floats"),
+        ({"targets": torch.zeros(1, 3, 8, 8).numpy()}, "floats"),
+        ({"targets": torch.zeros(1, 3, 8, 8), "u": torch.rand(0)}, "u and noise"),
+        ({"targets": torch.zeros(1, 3, 8, 8), "u": torch.rand(2), "noise": torch.zeros(1)}, "no"),
+    ],
+)
+def test_targets_that_do_not_fit_are_refused(build, arguments, words):
+    with pytest.raises(InputError, match=words):
+        build()("a star", **arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"prompts": None}, {"prompts": []}, {"prompts": [3]}, {"images": "a.png"},
+        {"num_inference_steps": 0}, {"num_inference_steps": 2.5}, {"num_inference_steps": "3"},
+        {"num_images_per_prompt": 0}, {"num_images_per_prompt": 1.5}, {"guidance_scale": "3"},
+        {"guidance_scale": float("nan")}, {"negative_prompt": ["a", "b"]}, {"negative_prompt": 3},
+        {"height": 8.0}, {"width": 0},
+    ],
+)  # fmt: skip
+def test_bad_arguments_of_generate_are_refused(build, arguments):
+    with pytest.raises(InputError):
+        build().generate(**({"prompts": "a star", "num_inference_steps": 1} | arguments))
+
+
+@pytest.mark.parametrize(
+    "part, changes, words",
+    [
+        ("sd/unet", {"in_channels": 9}, "of 9 input channels"),
+        ("sd/unet", {"addition_embed_type": "text_time"}, "with addition_embed_type"),
+        ("sana/transformer", {"guidance_embeds": True}, "with guidance_embeds"),
+        ("sana/transformer", {"_class_name": "FluxTransformer2DModel"}, "is a Flux"),
+        ("llava", {"model_type": "llava"}, "is of type llava"),
+    ],
+)
+def test_parts_that_cannot_work_are_refused(parts, tmp_path, part, changes, words):
+    name = part.split("/")[0]
+    shutil.copytree(parts / name, tmp_path / name)
+    path = tmp_path / part / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    names = {"llava": parts / "llava", "sana": parts / "sana", name: tmp_path / name}
+    diffusion = name if name != "llava" else "sana"
+    with pytest.raises(InputError, match=words):
+        MetaQuery.from_config(MetaQueryConfig(str(names["llava"]), str(names[diffusion])))
+
+
+def test_a_template_without_a_system_role(build):
+    """Gemma's raises an exception: the user's turn begins with the system text."""
+    format = build().format
+    refuse = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    format.processor.chat_template = refuse + format.processor.chat_template
+    format.__dict__.pop("takes_system", None)
+    text = format.tokenizer.decode(format(["a star"])["input_ids"][0])
+    assert text.index(SYSTEM_PROMPT.lower()) < text.index("a star")  # a tokenizer of lower case
+    assert "<|im_start|>system" not in text

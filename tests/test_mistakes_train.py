@@ -71,6 +71,8 @@ TABLE = [
     ("train", [*TRAIN, "--data", "two=0,none=1"], "two=0"),
     ("train", [*TRAIN, "--data", "two=x"], "two=x"),
     ("train", [*TRAIN, "--data", "toy,two"], "toy"),
+    ("train", [*TRAIN, "--data", "toy", "--streaming", "true"], "--streaming has no effect"),
+    ("train", [*TRAIN, "--text-column", "words"], "--text-column has no effect"),
     ("train", [*TRAIN, "--data", "notes.txt"], "notes.txt"),
     ("train", [*TRAIN, "--data", "nowhere/nothing"], "nowhere/nothing"),
     ("train", [*TRAIN, "--data", "none"], "none"),

@@ -326,3 +326,22 @@ def test_scores_of_pairs_are_the_closed_forms(tmp_path, capsys):
     means = 2 * (100 / 255) * (110 / 255) + 1e-4, (100 / 255) ** 2 + (110 / 255) ** 2 + 1e-4
     assert metrics["SSIM"] == pytest.approx(means[0] / means[1], abs=1e-3)
     assert scores.to_square(Image.new("RGB", (600, 300))).shape == (3, 256, 256)
+
+
+def test_no_row_of_any_kind_loses_another(build, tmp_path):
+    """Half a surrogate pair, a file that is not UTF-8, and a row without a prompt."""
+    (tmp_path / "geneval").mkdir()
+    (tmp_path / "geneval" / "evaluation_metadata.jsonl").write_text(
+        '{"prompt": "a star"}\n{"prompt": "\\ud800"}'
+    )
+    (tmp_path / "dpg").mkdir()
+    (tmp_path / "dpg" / "a.txt").write_text("a star")
+    (tmp_path / "dpg" / "b.txt").write_bytes(b"\xff\xfe")
+    (tmp_path / "wise").mkdir()
+    rows = [{"Prompt": "a star", "prompt_id": 1}, {"prompt_id": 2}]
+    (tmp_path / "wise" / "a.json").write_text(json.dumps(rows))
+    for name in ("geneval", "dpg", "wise"):
+        args = options(tmp_path / name, tmp_path / "out" / name)
+        with pytest.raises(InputError, match="its prompt is no text"):
+            run(build("llava"), OFFICIAL[name].items(tmp_path / name), args)
+        assert list((tmp_path / "out" / name).rglob("*.png"))

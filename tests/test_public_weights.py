@@ -459,7 +459,8 @@ def test_a_frozen_fine_tuning_stores_queries_and_connector(files, parts, tmp_pat
         model = unipic2(files, train_diffusion=False)
     trained = [x for x in model.parameters() if x.requires_grad]
     optimizer = torch.optim.AdamW(trained, 1e-3)
-    inputs = {"prompts": ["a star"], "targets": torch.zeros(1, 3, 128, 128),
+    side = model.resolution
+    inputs = {"prompts": ["a star"], "targets": torch.zeros(1, 3, side, side),
               "noise": None, "u": torch.tensor([0.5])}  # fmt: skip
     inputs["noise"] = torch.randn_like(model.encode_latents(inputs["targets"]))
     loss = model(**inputs)

@@ -47,7 +47,7 @@ MAY_CHANGE = {"out", "micro_batch_size", "save_every", "keep", "sample_every", "
 MAY_CHANGE |= {"workers", "resume", "checkpoint", "shard", "shard_frozen", "cache_latents"}
 MAY_CHANGE |= {"device", "gradient_checkpointing", "compile"}
 # Places, which may move: their last names are compared.
-PLACES = {"data", "mllm", "diffusion", "vae"}
+PLACES = {"data", "mllm", "diffusion", "vae", "weights"}
 
 
 def sync(path):
