@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import cli
 from sample import add_generation_options, generate, grid, load_model, restate, save_image
-from toy.scene import COLORS, SHAPES, Goal, GoalObject, edit_score, goal_of, score
+from toy.scene import COLORS, SHAPES, SIZE, Goal, GoalObject, edit_score, goal_of, score
 from toy.talk import unseen_question
 from toy.tasks import FIRST_EDITS, PICTURE_KINDS, SIX_KINDS, TEXT_KINDS, task
 from toy.words import NUMBERS, describe
@@ -243,6 +243,8 @@ def main():
     start = time.time()
     with cli.errors_in_one_line():
         model = load_model(args)
+        if model.resolution != SIZE:
+            cli.fail(f"{args.checkpoint} does not make {SIZE}-pixel images: name another.")
         print(f"computing in {args.dtype}, {args.why}")
         table, shown = run(model, args)
     for name, value in table.items():

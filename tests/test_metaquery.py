@@ -244,6 +244,19 @@ def test_saved_and_loaded_model_draws_the_same(build, tmp_path, train_diffusion)
     assert any(name.startswith("diffusion.") for name in names) == train_diffusion
 
 
+def test_a_trained_diffusion_model_that_is_frozen_later_is_saved_again(build, tmp_path):
+    model = build()
+    with torch.no_grad():
+        for parameter in model.diffusion.parameters():
+            parameter += 0.01
+    model.save_pretrained(tmp_path / "one")
+    frozen = MetaQuery.from_pretrained(tmp_path / "one", train_diffusion=False)
+    frozen.save_pretrained(tmp_path / "two")
+    again = MetaQuery.from_pretrained(tmp_path / "two")
+    for name, weight in model.diffusion.state_dict().items():
+        assert torch.equal(weight, again.diffusion.state_dict()[name]), name
+
+
 def test_folders_inside_a_checkpoint_move_with_it(build, parts, tmp_path):
     """Relative folders resolve beside the checkpoint, so that it can be moved whole."""
     shutil.copytree(parts / "qwen", tmp_path / "one" / "mllm")
