@@ -23,6 +23,8 @@ LANGUAGE = {
     "Qwen/Qwen2.5-0.5B-Instruct": (151_936, 896, 4864, 24, 14, 2, True),
     "Qwen/Qwen2.5-VL-3B-Instruct": (151_936, 2048, 11_008, 36, 16, 2, True),
     "Qwen/Qwen2.5-VL-7B-Instruct": (152_064, 3584, 18_944, 28, 28, 4, False),
+    "OpenGVLab/InternVL3-1B-hf": (151_674, 896, 4864, 24, 14, 2, False),
+    "OpenGVLab/InternVL3-2B-hf": (151_674, 1536, 8960, 28, 12, 2, False),
 }
 SIGLIP = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 26}
 SIGLIP |= {"num_attention_heads": 16, "image_size": 384, "patch_size": 14, "vision_use_head": False}
@@ -54,6 +56,10 @@ def mllm_config(name):
             text_config=transformers.Qwen2Config(**text), vision_config=vision,
             image_grid_pinpoints=grid, tie_word_embeddings=tied,
         )  # fmt: skip
+    if "InternVL" in name:  # its vision tower is its class's default
+        return transformers.InternVLConfig(
+            text_config=transformers.Qwen2Config(**text), tie_word_embeddings=tied
+        )
     if "VL" in name:
         vision = QWEN_VISION | {"out_hidden_size": text["hidden_size"]}
         text["rope_scaling"] = QWEN_ROPE
