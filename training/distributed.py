@@ -124,10 +124,11 @@ def distribute(model, device, dtype, world, sharded=False, shard_frozen=False, s
         shard(model, device, dtype, shard_frozen)
         return model
 
-    options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
     # A trained MLLM has parts without a gradient: its head, and without images the vision tower.
-    options["find_unused_parameters"] = model.config.train_mllm
-    return DistributedDataParallel(model, **options)
+    unused = model.config.train_mllm
+    return DistributedDataParallel(
+        model, gradient_as_bucket_view=True, find_unused_parameters=unused
+    )
 
 
 def precision(wrapped, device, dtype):
