@@ -1,39 +1,65 @@
-"""Instruction data from web documents: right groups, no row lost or doubled, ready to train."""
+"""Instruction data from web documents: right groups, no row lost or doubled, nothing does harm."""
 
+import gzip
+import io
+import json
 import multiprocessing
 import os
-import shutil
 import signal
 import threading
+import time
+import zipfile
 from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
 from conftest import WORDS, noise_image
+from PIL import Image
 from runs import flags as train_flags
 from runs import succeed
 from tqdm import tqdm
 from transformers import SiglipConfig, SiglipImageProcessor, SiglipModel, SiglipProcessor
 
-from extras.curation import instructions
-from extras.curation.__main__ import curate, open_run, parse_flags
+from extras.curation import __main__ as curation
+from extras.curation import documents, instructions
+from extras.curation.documents import (
+    Dropped,
+    decode,
+    download,
+    is_public,
+    open_documents,
+    open_saved,
+    read_document,
+)
 from extras.curation.instructions import (
-    ImagePair,
     InstructionWriter,
     Siglip,
     choose_target,
-    fault,
     group,
+    make_row,
     read_answer,
 )
 from extras.toy_parts.language import make_tokenizer
 from metaquery import MAX_PROMPT_TOKENS, InputError
 
 pytestmark = pytest.mark.usefixtures("handlers_restored")
+
+
+def as_bytes(image, kind="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def mmc4(texts, *images):
+    """A line of mmc4: images are (URL, index of its text)."""
+    infos = [{"raw_url": url, "matched_text_index": index} for url, index in images]
+    return json.dumps({"text_list": texts, "image_info": infos})
 
 
 def unit(values):
@@ -83,60 +109,44 @@ def test_the_target_is_the_picture_least_like_the_others():
 
 
 @pytest.mark.parametrize(
-    "answer, prompt",
-    {
-        "Think: a dog.\nPrompt: The same dog on a beach.": "The same dog on a beach.",
-        'think: x\n**Prompt:** "This  building at night"\n': "This building at night",
-        "The same dog on a beach.": None,
-        "Prompt:": None,
-        "Prompt: ...": None,
-        "Prompt: this\nPrompt: that": None,
-        "Prompt: " + "this " * 61: None,
-        "": None,
-    }.items(),
-)
-def test_answers_are_parsed(answer, prompt):
-    assert read_answer(answer) == prompt
-
-
-@pytest.mark.parametrize(
-    "prompt, caption, expected",
+    "answer, caption, prompt",
     [
-        (None, "a dog on a beach", "unparseable"),
-        ("The same dog on a beach", "Our dog Bess runs on the beach of Dover", None),
-        ("This object left of a blue circle", "a red star left of a blue circle", None),
-        ("The same lighthouse", "lighthouse", None),
-        ("A red star left of a circle", "a red star", "refers to no source"),
-        (
-            "This red star left of a blue circle",
-            "a red star left of a blue circle",
-            "gives the target away",
-        ),
-        ("The same dog as in the target image", "a dog on a beach", "names the target"),
+        ("The same dog\n on a  beach. ", "Our dog Bess", "The same dog on a beach."),
+        ('**"This building at night"**', "a house at night", "This building at night"),
+        ("This object left of a blue circle", "red star left of a circle", "same"),
+        ("The same lighthouse", "lighthouse", "same"),
+        ("This red star left of a circle", "red star left of a circle", None),
+        ("The same dog as in the target image", "a dog on a beach", None),
+        ("this " * 61, "a dog", None),
+        ("...", "a dog", None),
+        ("", "a dog", None),
     ],
 )
-def test_leaking_prompts_are_found(prompt, caption, expected):
-    assert fault(prompt, caption) == expected
+def test_answers_are_read(answer, caption, prompt):
+    """What says all that the target's caption says, or names the target, is no prompt."""
+    if prompt == "same":
+        prompt = answer
+    assert read_answer(answer, caption) == prompt
 
 
 @pytest.mark.parametrize("mllm", ["llava", "qwen-vl", "qwen"])
 def test_any_mllm_is_asked_in_batches(parts, mllm, recwarn, monkeypatch):
-    """Whatever the number of pictures and the length of captions: no caption is cut off unseen."""
+    """Whatever the number of images and the length of captions: no caption is cut off unseen."""
     writer = InstructionWriter(str(parts / mllm), batch_size=2)
-    pairs = []
+    rows = []
     for number in (1, 5, 2):
-        pictures = [noise_image(40, 40, seed) for seed in range(number + 1)]
-        captions = ["a red star <|im_end|> " * 100] * number
-        pairs.append(ImagePair(pictures[1:], captions, pictures[0], "a blue circle " * 100))
-        question = writer.question(pairs[-1])
+        images = [noise_image(40, 40, seed) for seed in range(number + 1)]
+        captions = ["a red star <|im_end|> " * 100] * number + ["a blue circle " * 100]
+        rows.append(make_row(images, captions, np.ones((number + 1, 1), np.float32)))
+        question = writer.question(rows[-1])
         assert len(writer.tokenizer(question)["input_ids"]) <= MAX_PROMPT_TOKENS
         assert question.count("red") >= number and "blue circle" in question
     monkeypatch.setattr(instructions, "ANSWER_TOKENS", 6)
-    answers = writer.write(pairs)
+    answers = writer.write(rows)
     assert len(answers) == 3 and all(isinstance(answer, str) for answer in answers)
     assert not [w for w in recwarn if "prompt cut" in str(w.message)]
     alone = InstructionWriter(str(parts / mllm), batch_size=1)
-    assert alone.write(pairs[1:2]) == answers[1:2]
+    assert alone.write(rows[1:2]) == answers[1:2]
 
 
 # ---- SigLIP --------------------------------------------------------------------------------------
@@ -161,27 +171,227 @@ def siglip(tmp_path_factory):
     return folder
 
 
-def test_features_do_not_depend_on_the_batch(siglip, parts):
-    one, many = Siglip(str(siglip), batch_size=1), Siglip(str(siglip), batch_size=64)
+def test_features_do_not_depend_on_the_others(siglip, parts):
+    encoder = Siglip(str(siglip))
     captions = ["a red star", "blue", "a circle " * 200]
-    pictures = [noise_image(40, 60, seed) for seed in range(3)]
-    for name, items in (("captions", captions), ("pictures", pictures)):
-        features = getattr(many, name)(items)
-        np.testing.assert_allclose(getattr(one, name)(items), features, atol=1e-5)
+    images = [noise_image(40, 60, seed) for seed in range(3)]
+    for encode, items in ((encoder.captions, captions), (encoder.images, images)):
+        features = encode(items)
+        np.testing.assert_allclose(encode(items[1:2]), features[1:2], atol=1e-5)
         np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, atol=1e-5)
         assert features.dtype == np.float32 and features[0] @ features[1] < 0.9999
-        assert len(getattr(many, name)([])) == 0
     with pytest.raises(InputError, match="name a SigLIP model"):
         Siglip(str(parts / "qwen"))
 
 
-def test_a_missing_tokenizer_package_is_named(siglip, tmp_path, monkeypatch):
-    """The hub's SigLIP, unlike SigLIP 2, has a tokenizer that needs packages of its own."""
-    folder = shutil.copytree(siglip, tmp_path / "siglip")
-    (folder / "tokenizer.json").unlink()
-    monkeypatch.setattr(instructions, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match="pip install sentencepiece protobuf"):
-        Siglip(str(folder))
+# ---- Documents -----------------------------------------------------------------------------------
+PNG = as_bytes(noise_image(300, 256))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.zip", ".jsonl.gz"])
+def test_shards_are_read(tmp_path, suffix):
+    """In whatever package; a broken line costs itself alone, and is counted."""
+    good = mmc4(["a  1\n", "b"], ("http://a", 0), ("http://b", 1)).encode()
+    broken = [b"{", b"[1]", b"null", b'{"text_list": []}', b"", b"[" * 10**5]
+    broken += [b'{"text_list": ["a"], "image_info": [7]}', mmc4(["\ud800"]).encode()]
+    if suffix == ".jsonl":  # `datasets` refuses a packed shard that is not UTF-8
+        broken.append(b"\xff\xfe")
+    data = b"\n".join([good, *broken, good])
+    path = tmp_path / f"shard{suffix}"
+    if suffix.endswith("zip"):
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("shard.jsonl", data)
+    else:
+        path.write_bytes(gzip.compress(data) if suffix.endswith("gz") else data)
+
+    read = [read_document(line, lambda url: PNG) for line in open_documents(tmp_path)["text"]]
+    assert [captions for _, captions, _ in read if captions] == [["a 1", "b"]] * 2
+    counts = sum((found for _, _, found in read), Counter())
+    assert counts == {"documents": 2, "images": 4, "broken documents": len(broken)}
+
+
+def test_nothing_to_read_is_one_line(tmp_path):
+    with pytest.raises(InputError, match="cannot read --data"):
+        open_documents(tmp_path)
+    (tmp_path / "x.jsonl").write_text("")
+    with pytest.raises(InputError, match="cannot read --data"):
+        open_documents(tmp_path)
+    (tmp_path / "x.jsonl").unlink()
+    (tmp_path / "x.jsonl.zip").write_bytes(b"PK\x03\x04 cut off")
+    with pytest.raises(InputError, match="cannot read --data"):
+        open_documents(tmp_path)
+    with pytest.raises(InputError, match="holds no images of img2dataset"):
+        open_saved(tmp_path)
+
+
+def test_strange_entries_lose_only_themselves():
+    entries = [("http://a", 1), ("http://a", 9), ("http://a", -1), ("http://a", None), (None, 0)]
+    line = mmc4(["word " * 2000, " \n"], ("http://a", 0), *entries, (7, 0))
+    images, captions, counts = read_document(line, lambda url: PNG)
+    assert len(images) == 1 and counts["dropped: no caption or address"] == 6
+    assert captions[0].split() == ["word"] * (documents.MAX_CAPTION // 5)
+
+
+def test_unusable_images_are_dropped_by_cause(monkeypatch):
+    """Small, broken, huge, long, or no image at all; what a file is tells, not its name."""
+    monkeypatch.setattr(documents, "MAX_SIDE", 300)
+    assert decode(PNG).size == (300, 256)
+    grey = decode(as_bytes(noise_image(1500, 900, 1).convert("L"), "JPEG"))
+    assert grey.size == (500, 300) and grey.mode == "RGB"
+    unusable = {
+        as_bytes(noise_image(255, 300)): "too small",
+        as_bytes(noise_image(256, 1100)): "too long",
+        as_bytes(Image.new("1", (10_000, 10_000))): "too many pixels",
+        as_bytes(Image.new("1", (20_000, 20_000))): "broken image",  # Pillow's own bound
+        b"<html>not found</html>": "broken image",
+        as_bytes(noise_image(300, 300, 2))[:5000]: "broken image",
+        b"": "broken image",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 300 300\n": "broken image",
+    }
+    for data, cause in unusable.items():
+        with pytest.raises(Dropped, match=cause):
+            decode(data)
+
+
+# ---- Downloads -----------------------------------------------------------------------------------
+
+
+class Handler(BaseHTTPRequestHandler):
+    """A server with every fault; `asked` holds the paths of its requests."""
+
+    asked = []
+
+    def log_message(self, *args):
+        pass
+
+    def answer(self, status=200, data=PNG, **headers):
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self):
+        self.asked.append(self.path)
+        port = self.server.server_address[1]
+        try:
+            if self.path.startswith("/good"):
+                self.answer(Content_Length=len(PNG))
+            elif self.path == "/missing":
+                self.answer(404)
+            elif self.path == "/busy":
+                self.answer(503, Retry_After="1000")
+            elif self.path == "/silent":
+                self.server.ended.wait()
+            elif self.path == "/drip":
+                self.answer(data=b"", Content_Length=1000)
+                while not self.server.ended.wait(0.1):
+                    self.wfile.write(b"x")
+            elif self.path == "/drip-headers":
+                while not self.server.ended.wait(0.1):
+                    self.wfile.write(b"H")
+            elif self.path == "/endless":
+                self.answer(data=b"")
+                while not self.server.ended.is_set():
+                    self.wfile.write(bytes(65_536))
+            elif self.path == "/cut":
+                self.answer(data=PNG[:1000], Content_Length=len(PNG))
+            elif self.path == "/loop":
+                self.answer(302, b"", Location="/loop")
+            elif self.path == "/there":
+                self.answer(301, b"", Location="good?a=b c")
+            elif self.path == "/inside":
+                self.answer(302, b"", Location=f"http://127.0.0.2:{port}/good")
+            elif self.path == "/file":
+                self.answer(302, b"", Location="file:///etc/passwd")
+            elif self.path == "/nowhere":
+                self.answer(302, b"", Location="http://[")
+            elif self.path == "/no-ai":
+                self.answer(X_Robots_Tag="noai, noimageai")
+        except OSError:  # the client hung up
+            pass
+
+
+@pytest.fixture
+def server():
+    made = ThreadingHTTPServer(("0.0.0.0", 0), Handler)
+    made.daemon_threads = True
+    made.ended = threading.Event()
+    Handler.asked.clear()
+    threading.Thread(target=made.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{made.server_address[1]}"
+    made.ended.set()
+    made.shutdown()
+    made.server_close()
+
+
+@pytest.fixture
+def trusted(server, monkeypatch):
+    """The server, as if it were on the public internet."""
+    monkeypatch.setattr(documents, "is_public", lambda address: address == "127.0.0.1")
+    return server
+
+
+def cause(url):
+    with pytest.raises(Dropped) as dropped:
+        download(url)
+    return str(dropped.value)
+
+
+def test_images_are_downloaded(trusted):
+    assert download(f"{trusted}/good.png") == PNG
+    assert download(f"{trusted}/there") == PNG
+    assert Handler.asked[-1] == "/good?a=b%20c"
+
+
+@pytest.mark.parametrize(
+    "path, expected",
+    {
+        "/missing": "HTTP status 404",
+        "/busy": "network error",
+        "/endless": "too large",
+        "/cut": "network error",
+        "/loop": "network error",
+        "/file": "bad address",
+        "/nowhere": "bad address",
+        "/no-ai": "owner allows no training",
+    }.items(),
+)
+def test_bad_answers_are_dropped(trusted, path, expected, monkeypatch):
+    monkeypatch.setattr(documents, "MAX_BYTES", 10**6)
+    assert cause(trusted + path) == expected
+
+
+@pytest.mark.parametrize("path", ["/silent", "/drip", "/drip-headers"])
+def test_no_server_can_hold_a_download_up(trusted, path, monkeypatch):
+    monkeypatch.setattr(documents, "TIMEOUT", 0.5)
+    began = time.monotonic()
+    assert cause(trusted + path) == "network error"
+    assert time.monotonic() - began < 10  # where it would last for ever
+
+
+@pytest.mark.parametrize(
+    "url", ["", "a.png", "http://", "http:///a", "http://[", "http://a:99999/", "ftp://a/"]
+)
+def test_bad_addresses_are_dropped(url):
+    assert cause(url) == "bad address"
+
+
+def test_private_addresses_are_never_asked(server, monkeypatch):
+    """Neither at once, nor by another name, nor after a redirect."""
+    for host in ("127.0.0.1", "localhost", "0"):
+        assert cause(server.replace("127.0.0.1", host) + "/good") == "private address"
+    monkeypatch.setattr(documents, "is_public", lambda address: address == "127.0.0.1")
+    assert cause(server + "/inside") == "private address"
+    assert Handler.asked == ["/inside"]
+
+
+def test_which_addresses_are_public():
+    private = ["127.0.0.1", "10.1.2.3", "192.168.0.1", "169.254.169.254", "100.64.0.1", "0.0.0.0"]
+    private += ["224.0.0.1", "::1", "::", "fe80::1%eth0", "fc00::1", "::ffff:127.0.0.1"]
+    private += ["2002:7f00:1::", "ff02::1", "64:ff9b::7f00:1"]
+    assert not [address for address in private if is_public(address)]
+    assert all(map(is_public, ["8.8.8.8", "2606:4700:4700::1111", "64:ff9b::808:808"]))
 
 
 # ---- The whole command ---------------------------------------------------------------------------
@@ -195,25 +405,27 @@ class Words:
         rows = [[float(colour in caption) for colour in COLOURS] for caption in captions]
         return unit(np.array(rows, np.float32).reshape(-1, len(COLOURS)) + 1e-3)
 
-    def pictures(self, images):
+    def images(self, images):
         small = [np.asarray(image.resize((8, 8)), np.float32).ravel() for image in images]
-        return unit(np.stack(small) - 100) if small else np.zeros((0, 1), np.float32)
+        return unit(np.stack(small) - 100)
 
 
 class Writer:
-    """A writer that gives every pair one answer."""
+    """A writer that gives every row one answer."""
 
-    def write(self, pairs):
-        return ["Think: alike.\nPrompt: The same thing once more."] * len(pairs)
+    def write(self, rows):
+        return ["The same thing once more."] * len(rows)
 
 
 def flags(folder, out, *more):
-    models = ["--siglip", "words", "--mllm", "writer", "--block-size", "3", "--min-size", "64"]
-    return parse_flags(["--data", str(folder), "--out", str(out), *models, *map(str, more)])
+    images = ["--images", str(folder / "images"), "--siglip", "words", "--mllm", "writer"]
+    return curation.parse_flags(["--data", str(folder), "--out", str(out), *images, *more])
 
 
-def curated(args, writer=None):
-    return curate(open_run(args), args, Words(), writer or Writer())
+def curated(args):
+    lines = open_documents(args.data)
+    curation.check_settings(args, len(lines))
+    return curation.curate(lines, open_saved(args.images), Words(), Writer(), args)
 
 
 def rows_in(out):
@@ -226,22 +438,35 @@ def rows_in(out):
     return rows
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small_blocks():
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(curation, "BLOCK", 3)
+        yield
+
+
 @pytest.fixture(scope="module")
 def web(tmp_path_factory):
-    """(the folder of twelve documents, the curated folder): two red images and a blue one each."""
+    """(the folder of twelve documents, the curated folder): two red images and a blue one each,
+    as img2dataset leaves them. The last document names an image that was not downloaded."""
     folder = tmp_path_factory.mktemp("web")
-    rows = {"images": [], "captions": []}
+    (folder / "images" / "00000").mkdir(parents=True)
+    lines, saved = [], []
     for i in range(12):
-        rows["images"].append([noise_image(80, 80, 3 * i + k) for k in range(3)])
-        rows["captions"].append([f"a red star, {i}", f"two red stars, {i}", f"a blue cross, {i}"])
-    features = datasets.Features(
-        images=datasets.List(datasets.Image()), captions=datasets.List(datasets.Value("string"))
+        texts = [f"a red star, {i}", f"two red stars, {i}", f"a blue cross, {i}"]
+        lines.append(mmc4(texts, *[(f"http://a.org/{i}/{k}", k) for k in range(3)]))
+        for k in range(3):
+            key = f"{3 * i + k:09d}"
+            saved.append({"url": f"http://a.org/{i}/{k}", "key": key, "status": "success"})
+            noise_image(256, 256, 3 * i + k).save(folder / "images" / "00000" / f"{key}.jpg")
+    lines[-1] = mmc4(
+        ["gone", *texts], ("http://b.org", 0), *[(s["url"], k) for k, s in enumerate(saved[-3:], 1)]
     )
-    (folder / "documents").mkdir()
-    table = datasets.Dataset.from_dict(rows, features=features)
-    table.to_parquet(folder / "documents" / "a.parquet")
-    curated(flags(folder / "documents", folder / "out"))
-    return folder / "documents", folder / "out"
+    saved.append({"url": "http://b.org", "key": "000000036", "status": "failed_to_download"})
+    (folder / "shard.jsonl").write_text("\n".join(lines))
+    pyarrow.parquet.write_table(pa.Table.from_pylist(saved), folder / "images" / "00000.parquet")
+    curated(flags(folder, folder / "out"))
+    return folder, folder / "out"
 
 
 def test_each_document_gives_its_pair(web):
@@ -249,7 +474,31 @@ def test_each_document_gives_its_pair(web):
     rows = rows_in(web[1])
     assert rows.total() == 12 and set(rows.values()) == {1}
     assert all(len(sources) == 1 for _, sources in rows)
-    assert (web[1] / "stats.json").exists()
+    counts = json.loads((web[1] / "stats.json").read_text())
+    expected = {"documents": 12, "images": 37, "dropped: not on disk": 1, "groups of 2": 12}
+    assert counts == expected | {"rows": 12}
+    with Image.open(web[1] / "sheet.jpg") as sheet:
+        assert sheet.height == 12 * (curation.CELL + curation.LINE)
+
+
+def test_the_command_runs(web, siglip, parts, tmp_path, monkeypatch):
+    """With models of the real classes; random ones, whose prompts are seldom kept."""
+    models = ["--siglip", siglip, "--mllm", parts / "qwen-vl", "--threshold", -1]
+    argv = ["--data", web[0], "--images", web[0] / "images", "--out", tmp_path, *models]
+    monkeypatch.setattr("sys.argv", ["curation", *map(str, argv), "--dtype", "float32"])
+    monkeypatch.setattr(instructions, "ANSWER_TOKENS", 6)
+    curation.main()
+    counts = json.loads((tmp_path / "stats.json").read_text())
+    assert counts["documents"] == 12 and counts["groups of 3"] == 12
+
+
+def test_a_folder_of_other_flags_is_refused(web, capsys):
+    with pytest.raises(SystemExit):
+        curated(flags(*web, "--threshold", "0.7"))
+    assert "with other flags" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        flags(*web, "--threshold", "7")
+    assert "float from -1 to 1" in capsys.readouterr().err
 
 
 def test_train_reads_what_was_curated(web, parts, tmp_path):
@@ -259,7 +508,7 @@ def test_train_reads_what_was_curated(web, parts, tmp_path):
     succeed(tmp_path, train_flags(parts, tmp_path / "run", **changes))
 
 
-def in_fork(args, writer, replaces=None, **environment):
+def in_fork(args, replaces=None, **environment):
     """A process that curates; it is forked, so that it starts at once.
 
     replaces: (n, "before" or "after"): it is killed as it moves its n-th file to its place.
@@ -279,7 +528,7 @@ def in_fork(args, writer, replaces=None, **environment):
                 os.kill(os.getpid(), signal.SIGKILL)
 
         Path.replace = killed_replace
-        curated(args, writer=writer)
+        curated(args)
         os._exit(0)
 
     process = multiprocessing.get_context("fork").Process(target=work)
@@ -289,14 +538,14 @@ def in_fork(args, writer, replaces=None, **environment):
 
 def test_killed_runs_resume_without_losing_or_doubling_rows(web, tmp_path):
     """SIGKILL at each moment between two files, and at random: as if nothing had happened."""
-    args, writer = flags(web[0], tmp_path), Writer()
+    args = flags(web[0], tmp_path)
     for point in [(n, when) for n in (1, 2, 3) for when in ("before", "after")] * 2:
-        process = in_fork(args, writer, point)
+        process = in_fork(args, point)
         process.join()
         assert process.exitcode in (-signal.SIGKILL, 0)
     kills, rng = 0, np.random.default_rng(0)
     while True:
-        process = in_fork(args, writer)
+        process = in_fork(args)
         process.join(rng.uniform(0.02, 0.3) * (1 + kills / 5))
         if process.exitcode is not None:
             break
@@ -309,11 +558,11 @@ def test_killed_runs_resume_without_losing_or_doubling_rows(web, tmp_path):
 
 
 def test_processes_share_the_blocks_and_may_change_in_number(web, tmp_path):
-    args, writer = flags(web[0], tmp_path), Writer()
-    first = in_fork(args, writer, RANK="0", WORLD_SIZE="3")
+    args = flags(web[0], tmp_path)
+    first = in_fork(args, RANK="0", WORLD_SIZE="3")
     first.join()
     assert 0 < rows_in(tmp_path).total() < 0.6 * rows_in(web[1]).total()
-    both = [in_fork(args, writer, RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
+    both = [in_fork(args, RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
     for process in both:
         process.join()
     assert [process.exitcode for process in both] == [0, 0]
