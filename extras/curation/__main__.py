@@ -36,7 +36,7 @@ BLOCK = 100  # documents that are saved together
 CONNECTIONS = 32  # downloads at a time in each process
 SHEET_ROWS = 16  # at most
 CELL = 160  # pixels a side of its images
-LINE = 20  # pixels of the height of its prompts
+LINE = 20  # pixels of the height of a prompt
 
 
 def parse_flags(argv=None):
@@ -170,8 +170,8 @@ def contact_sheet(files):
     from PIL import Image, ImageDraw, ImageOps
 
     table = pyarrow.dataset.dataset(files, format="parquet")
-    number = table.count_rows()
-    rows = table.take(range(0, number, number // SHEET_ROWS + 1)).to_pylist()
+    step = table.count_rows() // SHEET_ROWS + 1
+    rows = table.take(range(0, table.count_rows(), step)).to_pylist()
     sheet = Image.new("RGB", (6 * CELL, len(rows) * (CELL + LINE)), "white")
     pen = ImageDraw.Draw(sheet)
 
@@ -182,7 +182,7 @@ def contact_sheet(files):
             image = Image.open(io.BytesIO(image["bytes"]))
             sheet.paste(ImageOps.pad(image, (CELL, CELL), color="white"), (j * CELL, top))
         words = f"{len(images) - 1} to 1: {row['prompt']}"
-        pen.text((4, top + CELL + 2), words.encode("latin-1", "replace"), "black")
+        pen.text((4, top + CELL + 2), words, "black")
     return sheet
 
 

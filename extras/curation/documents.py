@@ -1,7 +1,6 @@
 """Web documents of images and captions: read them, get their images, drop what is unusable.
 
-A document is a line of an mmc4 shard. Nothing that it says, and nothing that the servers of its
-images do, can end a run.
+A document is a line of an mmc4 shard. Nothing in it, and no server of its images, can end a run.
 """
 
 import io
@@ -15,6 +14,7 @@ from contextlib import ExitStack, suppress
 from http.client import HTTPException
 from pathlib import Path
 
+import certifi
 import pyarrow.parquet
 import urllib3
 from datasets import load_dataset
@@ -57,8 +57,7 @@ def open_documents(data):
         if not shards:
             raise FileNotFoundError("there is no shard")
         # As lines: one that is broken, or has other fields, would end a JSON reader.
-        options = {"data_files": shards, "encoding_errors": "replace"}
-        return load_dataset("text", split="train", **options)
+        return load_dataset("text", data_files=shards, split="train", encoding_errors="replace")
     except Exception as error:  # each kind of damage raises its own
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         fix = "name a shard of mmc4 (.jsonl, .jsonl.gz, .jsonl.zip) or a folder of them"
@@ -148,8 +147,8 @@ def is_public(address):
     address = ipaddress.ip_address(address)
     if address in NAT64:  # an IPv4 address is inside
         address = ipaddress.ip_address(int(address) % 2**32)
-    tunnelled = getattr(address, "sixtofour", None)
-    return address.is_global and not address.is_multicast and not tunnelled
+    is_tunnel = getattr(address, "sixtofour", None)
+    return address.is_global and not address.is_multicast and not is_tunnel
 
 
 class Guard:
@@ -189,7 +188,8 @@ def cut_off(sock):
         sock.shutdown(socket.SHUT_RDWR)
 
 
-POOLS = urllib3.PoolManager(headers={"User-Agent": f"metaquery/{VERSION}"}, timeout=TIMEOUT)
+HEADERS = {"User-Agent": f"metaquery/{VERSION}"}
+POOLS = urllib3.PoolManager(headers=HEADERS, timeout=TIMEOUT, ca_certs=certifi.where())
 POOLS.pool_classes_by_scheme = {"http": HTTPPool, "https": HTTPSPool}
 
 
