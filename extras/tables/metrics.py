@@ -16,8 +16,9 @@ from extras.flags.flag_scores import METRICS as FLAG_METRICS
 from extras.flags.flag_scores import measure_flags
 from metaquery import black_like
 from sample import generate
+from toy.captions import Task
 from toy.scene import Goal, GoalObject, Scene, random_pair
-from toy.tasks import SIX_KINDS, Task, task
+from toy.tasks import SIX_KINDS, task
 from toy.words import COMMONSENSE, plural, with_article
 
 GENERATION = {"steps": 20, "guidance": 3.0, "image_guidance": 1.5, "num_images": 1}
