@@ -927,12 +927,14 @@ def load_mllm(config, dtype):
                 raise InputError(f"{name} is of type {found.model_type}: {fix}.")
             model_class = transformers.AutoModelForImageTextToText
             processor_class = transformers.AutoProcessor
+
         processor = processor_class.from_pretrained(name)
         if not processor.chat_template:
             fix = "copy its Instruct version's chat_template.jinja, or name another"
             raise InputError(f"--mllm {name} has no chat template: {fix}.")
         tokenizer = getattr(processor, "tokenizer", processor)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+
         if config.train_mllm:
             dtype = torch.float32
         return load_weights(model_class, name, "--mllm", dtype=dtype), processor
