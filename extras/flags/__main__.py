@@ -11,17 +11,14 @@ each question came to, and a .png beside it some generated flags, each left of t
 
 import argparse
 import json
+from itertools import chain, product
 
 from cli import bounded, check_writable, errors_in_one_line, set_up
 from extras.flags.flag_parts import make_flags
-from extras.flags.flag_scores import (
-    METRICS,
-    cases_of,
-    measure_flags,
-    print_cases,
-    save_cases,
-)
-from sample import add_generation_options, load_model
+from extras.flags.flag_scores import METRICS, cases_of, measure_flags
+from sample import add_generation_options, grid, load_model, save_image
+
+SHOWN = 24  # questions whose images are saved
 
 
 def main():
@@ -51,8 +48,14 @@ def main():
         cases, images, right = cases_of(model, folder, args)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(cases, indent=1, ensure_ascii=False) + "\n")
-        save_cases(images, right, out.with_suffix(".png"))
-        print_cases(cases)
+        sheet = list(chain.from_iterable(zip(images, right, strict=True)))
+        note = {"license": "flags: OpenMoji, CC BY-SA 4.0"}
+        save_image(grid(sheet[: 2 * SHOWN], 12), out.with_suffix(".png"), **note)
+
+        for drawn, known in product((True, False), repeat=2):
+            number = sum(case["drawn"] == drawn and case["known"] == known for case in cases)
+            words = f"{'' if known else 'not '}named in text, {'' if drawn else 'not '}generated"
+            print(f"{words:>36}  {number} of {len(cases)}")
         print(f"wrote {out} and {out.with_suffix('.png')}")
 
 

