@@ -51,9 +51,14 @@ class Tracker(MemTracker):
 
     _post_fw_hook = _pre_bw_hook = _post_bw_hook = _pre_fw_hook
 
-    @property
-    def peak(self):
-        return self.get_tracker_snapshot("peak")[CPU]["Total"]
+
+def peak_of(function, *parts):
+    """Bytes at the peak of a function, with these modules and optimizers on the device."""
+    tracker = Tracker()
+    tracker.track_external(*parts)
+    with tracker:
+        function()
+    return tracker.get_tracker_snapshot("peak")[CPU]["Total"]
 
 
 def meta_model(config):
@@ -77,6 +82,7 @@ def step_peak(config, run, samples):
         checkpoint_layers(model)
     if run.shard:
         shard(model, CPU, DTYPE, run.shard_frozen)
+
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")  # fake tensors
         model.mllm.tie_weights()
@@ -87,16 +93,15 @@ def step_peak(config, run, samples):
         optimizer.step()
         targets = torch.zeros(samples, 3, model.resolution, model.resolution)
 
-        tracker = Tracker()
-        tracker.track_external(model, optimizer)
-        # Sharded, an earlier micro-batch leaves whole gradients, the last one sums them.
-        with tracker:
+        def step():
+            # Sharded, an earlier micro-batch leaves whole gradients, the last one sums them.
             for is_last in (False, True)[not run.shard :]:
                 sum_gradients(model, is_last)
                 with precision(model, CPU, DTYPE):
                     loss = model(text_inputs(samples), targets)
                 loss.backward()
-    return tracker.peak
+
+        return peak_of(step, model, optimizer)
 
 
 def generation_peaks(config):
@@ -110,22 +115,15 @@ def generation_peaks(config):
         x = torch.zeros(rows, model.diffusion.config.in_channels, *size)
         hidden = torch.zeros(rows, *model.queries.shape, dtype=DTYPE)
         cond = model.connector(hidden)
+
         turns = {
             "mllm": lambda: model.run_queries(model.read_prompt(text_inputs(rows))),
             "connector": lambda: model.connector(hidden),
             "diffusion": lambda: model.denoise(x, torch.ones(rows), cond, None),
             "vae": lambda: model.vae.decode(x[:1].to(DTYPE)),
         }
-
-        whole, in_turn = [], []
-        for name, turn in turns.items():
-            for parts, peaks in ((model, whole), (getattr(model, name), in_turn)):
-                tracker = Tracker()
-                tracker.track_external(parts)
-                with tracker:
-                    turn()
-                peaks.append(tracker.peak)
-    return max(whole), max(in_turn)
+        whole = max(peak_of(turn, model) for turn in turns.values())
+        return whole, max(peak_of(turn, getattr(model, name)) for name, turn in turns.items())
 
 
 def main():

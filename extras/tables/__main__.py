@@ -6,15 +6,7 @@
 A variant is some fields of MetaQueryConfig and the stages it is trained in. train.py trains all
 from the same frozen parts, on the same data and for as many steps; a variant that several tables
 name is trained once. Stopped at any time, the same command resumes: models, and what was measured
-of them, are kept in --work. Two files are written, extras/tables/results/NAME.png and NAME.json:
-
-    {"table": "knowledge", "claim": ..., "seeds": [0, 1, 2], "settings": {"steps": 900, ...},
-     "made on": [{"device": "cpu", "torch": ..., ...}],
-     "variants": {"queries": {"config": {"num_queries": 16}, "stages": ["pretrain"],
-                              "figures": {"knowledge": [0.71, 0.69, 0.74], ...},
-                              "mean": {"knowledge": 0.713, ...},
-                              "spread": {"knowledge": 0.025, ...}},
-                  "last layer": ...}}
+of them, are kept in --work. Two files are written, NAME.png and NAME.json of extras/tables/results.
 
 Figures have one value a seed, which is the seed of weights, training data and test cases. All are
 shares of right images or answers, but for "PSNR in dB", "training loss", "samples per second"
@@ -31,13 +23,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from cli import bounded, check_writable, errors_in_one_line, set_up
-from extras.flags.flag_parts import make_flags
 from extras.tables.claims import TABLES
-from extras.tables.frozen_parts import PARTS, frozen_digest
 from extras.tables.metrics import GENERATION, print_table, save_figure, summary
-from extras.tables.variants import folder_of, read_scores, score, train
+from extras.tables.variants import PARTS, folder_of, frozen_digest, read_scores, score, train
 
-PARTS = PARTS | {"flags": make_flags}
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
