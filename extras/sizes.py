@@ -5,12 +5,13 @@
     python -m extras.sizes xlarge --processes 8 --shard true
 
 The real model generates and trains on fake tensors, which have a shape and a dtype but no values,
-and torch's MemTracker follows the bytes of those alive. Any field of MetaQueryConfig is a flag too.
-GB are 10⁹ bytes; a tenth of each card is spared for CUDA itself and for fragmentation. Kernels are
-the CPU's, and so an estimate of a GPU's. Prompts are long texts without images.
+and torch's MemTracker follows the bytes of those alive; kernels are the CPU's, and so an estimate.
+Any field of MetaQueryConfig is a flag too. GB are 10⁹ bytes; a tenth of each card is spared for
+CUDA itself and for fragmentation. Prompts are long texts without images.
 """
 
-from dataclasses import dataclass, fields
+import argparse
+from dataclasses import fields
 
 import torch
 import torch.distributed as dist
@@ -18,8 +19,9 @@ import transformers
 from torch._subclasses import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers.hf_argparser import string_to_bool
 
-from cli import errors_in_one_line, fail, set_up
+from cli import bounded, errors_in_one_line, set_up
 from extras.architectures import build
 from metaquery import MetaQueryConfig
 from training.attention import checkpoint_layers
@@ -32,24 +34,10 @@ PROMPT_TOKENS = 300  # the system prompt, and a text at its longest
 CPU, DTYPE = torch.device("cpu"), torch.bfloat16
 
 
-@dataclass
-class Run:
-    """How a model is trained, as far as memory depends on it: flags of train.py."""
-
-    micro_batch_size: int = 0  # samples a forward pass; 0: each of MICRO_BATCHES
-    gradient_checkpointing: bool = False
-    processes: int = 1  # one for each GPU
-    shard: bool = False
-    shard_frozen: bool = False
-
-
 class Tracker(MemTracker):
     """MemTracker without its figures of each module: far faster, and for frozen weights too."""
 
-    def _pre_fw_hook(self, *_):
-        pass
-
-    _post_fw_hook = _pre_bw_hook = _post_bw_hook = _pre_fw_hook
+    _pre_fw_hook = _post_fw_hook = _pre_bw_hook = _post_bw_hook = lambda *_: None
 
 
 def peak_of(function, *parts):
@@ -72,16 +60,16 @@ def text_inputs(samples):
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def step_peak(config, run, samples):
+def step_peak(config, samples, checkpointed=False, sharded=False, shard_frozen=False):
     """Bytes at the peak of a training step's last micro-batch of so many samples.
 
     The gradients of earlier micro-batches are there, and AdamW's moments: it updates in place.
     """
     model = meta_model(config)
-    if run.gradient_checkpointing:
+    if checkpointed:
         checkpoint_layers(model)
-    if run.shard:
-        shard(model, CPU, DTYPE, run.shard_frozen)
+    if sharded:
+        shard(model, CPU, DTYPE, shard_frozen)
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")  # fake tensors
@@ -95,7 +83,7 @@ def step_peak(config, run, samples):
 
         def step():
             # Sharded, an earlier micro-batch leaves whole gradients, the last one sums them.
-            for is_last in (False, True)[not run.shard :]:
+            for is_last in (False, True)[not sharded :]:
                 sum_gradients(model, is_last)
                 with precision(model, CPU, DTYPE):
                     loss = model(text_inputs(samples), targets)
@@ -127,22 +115,27 @@ def generation_peaks(config):
 
 
 def main():
-    parser = transformers.HfArgumentParser([MetaQueryConfig, Run], description=__doc__)
+    parser = transformers.HfArgumentParser(MetaQueryConfig, description=__doc__)
     set_up(parser)
-    parser.add_argument("size", nargs="?", default="tiny", help="tiny, study, base, large, xlarge")
+    names = [field.name for field in fields(MetaQueryConfig)]
     for action in parser._actions:
         action.required = False  # the size names the parts
-    names = [field.name for field in fields(MetaQueryConfig)]
-    parser.set_defaults(**dict.fromkeys(names))
-    flags = vars(parser.parse_args())
-    run = Run(**{field.name: flags[field.name] for field in fields(Run)})
-    if run.processes < 1 or run.micro_batch_size < 0 or run.shard and run.processes == 1:
-        fail("give --processes of at least 1, with --shard true 2, and no negative number.")
+        action.default = argparse.SUPPRESS
+    number, switch = bounded(int, 1, 10**6), {"type": string_to_bool, "nargs": "?", "const": True}
+    add = parser.add_argument
+    add("size", nargs="?", default="tiny", help="tiny, study, base, large, xlarge")
+    add("--micro-batch-size", type=number, help="samples a forward pass (several are tried)")
+    add("--gradient-checkpointing", **switch, help="as of train.py")
+    add("--processes", type=number, default=1, help="one for each GPU (1)")
+    add("--shard", **switch, help="as of train.py")
+    add("--shard-frozen", **switch, help="as of train.py")
+    args = parser.parse_args()
 
     with errors_in_one_line():
-        changes = {name: flags[name] for name in names if flags[name] is not None}
-        config = MetaQueryConfig.preset(flags["size"], **changes)
-        print(f"{flags['size']}: {config.mllm} x {config.diffusion}")
+        changes = {name: value for name, value in vars(args).items() if name in names}
+        config = MetaQueryConfig.preset(args.size, **changes)
+        print(f"{args.size}: {config.mllm} x {config.diffusion}")
+
         model = meta_model(config)
         for name in ("mllm", "connector", "diffusion", "vae"):
             parameters = list(getattr(model, name).parameters())
@@ -152,14 +145,16 @@ def main():
 
         whole, in_turn = generation_peaks(config)
         print(f"an image: {whole / 1e9:.1f} GB, with --offload {in_turn / 1e9:.1f} GB", flush=True)
-        if run.shard:
-            dist.init_process_group("fake", world_size=run.processes, rank=0, store=FakeStore())
+        if args.shard:
+            dist.init_process_group("fake", world_size=args.processes, rank=0, store=FakeStore())
+        how = (args.gradient_checkpointing, args.shard, args.shard_frozen)
         steps = {}
-        for samples in (run.micro_batch_size,) if run.micro_batch_size else MICRO_BATCHES:
-            steps[samples] = step_peak(config, run, samples)
+        for samples in [args.micro_batch_size] if args.micro_batch_size else MICRO_BATCHES:
+            steps[samples] = step_peak(config, samples, *how)
             print(f"a micro-batch of {samples}: {steps[samples] / 1e9:.1f} GB", flush=True)
             if steps[samples] > max(CARDS) * 1e9:
                 break
+
         for card in CARDS:
             free = (1 - SPARE) * card * 1e9
             generates = "generates" if whole <= free else "generates with --offload"

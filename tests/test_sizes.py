@@ -130,7 +130,6 @@ def measured_peak(model, inputs, targets):
 def test_tracked_peaks_are_what_a_step_takes(checkpointed):
     """Weights, gradients and moments by counting, and the rest within 10% of a real step's."""
     config = MetaQueryConfig.preset("tiny")
-    run = sizes.Run(gradient_checkpointing=checkpointed)
     model = build_random(config, sizes.DTYPE)
     fixed = 0
     for parameter in model.parameters():
@@ -144,7 +143,7 @@ def test_tracked_peaks_are_what_a_step_takes(checkpointed):
     inputs, targets = sizes.text_inputs(4), torch.zeros(4, 3, 64, 64)
     measured_peak(model, inputs, targets)  # the first one also fills caches
     measured = measured_peak(model, inputs, targets)
-    assert sizes.step_peak(config, run, 4) - fixed == pytest.approx(measured, rel=0.1)
+    assert sizes.step_peak(config, 4, checkpointed) - fixed == pytest.approx(measured, rel=0.1)
 
 
 def test_processes_share_what_is_sharded():
@@ -154,10 +153,10 @@ def test_processes_share_what_is_sharded():
     trained = 1e6 * (millions(model.connector) + millions(model.diffusion))
     dist.init_process_group("fake", world_size=4, rank=0, store=FakeStore())
     try:
-        whole = sizes.step_peak(config, sizes.Run(), 1)
-        split = sizes.step_peak(config, sizes.Run(processes=4, shard=True), 1)
-        run = sizes.Run(processes=4, shard=True, shard_frozen=True)
-        assert sizes.step_peak(config, run, 1) < split < whole - 4 * trained
+        whole = sizes.step_peak(config, 1)
+        split = sizes.step_peak(config, 1, sharded=True)
+        both = sizes.step_peak(config, 1, sharded=True, shard_frozen=True)
+        assert both < split < whole - 4 * trained
     finally:
         dist.destroy_process_group()
 
@@ -186,7 +185,7 @@ def test_the_command_tells_what_fits(monkeypatch, capsys, handlers_restored):
     [
         (["--mllm", "nobody/nothing"], "nobody/nothing.*--mllm"),
         (["base", "--diffusion", "nobody/nothing"], "nobody/nothing.*--diffusion"),
-        (["base", "--shard", "true"], "--processes"),
+        (["base", "--processes", "0"], "--processes"),
     ],
 )
 def test_bad_flags_are_one_line(flags, words, monkeypatch, capsys, handlers_restored):
