@@ -16,15 +16,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data.sources import Source
 from extras.flags import dataset, flag_parts
-from extras.flags.dataset import draw_flag, flags, questions, write_flags
-from extras.flags.facts import (
+from extras.flags.dataset import (
     COMMON,
     NEVER_TRAINED,
     WORDINGS,
+    draw_flag,
+    flags,
     gives_away,
     make_prompts,
     neighbours,
+    questions,
     read_facts,
+    write_flags,
 )
 from metaquery import InputError
 
