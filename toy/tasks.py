@@ -15,10 +15,10 @@ from functools import partial
 
 from toy import captions
 from toy import scene as world
-from toy.captions import LINES, draw_as_it_is, pair_name, wrapped
+from toy.captions import draw_as_it_is, pair_name, wrapped
 from toy.edits import EDITS, SHORT_EDITS, Choice, add, add_anywhere, change_group, move, replaced
 from toy.scene import Object, Pair, place_objects, random_pair
-from toy.words import RELATIONS, SIDES, WHERE, describe, refer, with_article
+from toy.words import RELATIONS, SIDES, WHERE, describe, one_of, refer, with_article
 
 
 def reconstruction(rng, least=1):
@@ -114,26 +114,25 @@ def subjects(rng, number):
     """
     items = []
     for _ in range(number):
-        color, shape = random_pair(rng)
-        item = Object(shape, color)
+        pair = random_pair(rng)
+        item = Object(pair.shape, pair.color)
         two_colours = rng.random() <= (0.7 if number < 3 else 0)
         items.append(world.two_coloured(rng, item) if two_colours else item)
     grounds = [rng.choice(tuple(world.BACKGROUNDS)) for _ in items]
     sources = []
     for item, ground in zip(items, grounds, strict=True):
         sources.append(place_objects(rng, [item], background=ground))
-    it = rng.choice(("the same object", "this object", "it"))
+    it = one_of(rng, "the same object|this object|it")
     other = random_pair(rng, taken=[(item.color, item.shape) for item in items])
     relation = rng.choice(tuple(RELATIONS))
-    related = {"layout": LINES[SIDES[relation][0]], "places": SIDES[relation]}
+    related = {"places": SIDES[relation]}
     arrangement = {}  # arguments of place_objects: by default the layout of so many objects
     case = rng.randrange(5) if number == 1 else None
 
     if number == 3:
-        words = rng.choice(("all three objects together", "the three objects in one picture"))
+        words = one_of(rng, "all three objects together|the three objects in one picture")
     elif number == 2:
-        ways = ("both objects side by side", "both objects", "the first object {} the second")
-        words = rng.choice(ways)
+        words = one_of(rng, "both objects side by side|both objects|the first object {} the second")
         if "{}" in words:
             words = words.format(rng.choice(RELATIONS[relation]))
             arrangement = related
@@ -142,16 +141,16 @@ def subjects(rng, number):
         items.append(other)
         arrangement = related
     elif case == 2:
-        words = rng.choice(("two of this object", "this object twice", "two copies of it"))
+        words = one_of(rng, "two of this object|this object twice|two copies of it")
         items = items * 2
     elif case == 3:
         ground = rng.choice([name for name in world.BACKGROUNDS if name != grounds[0]])
         words = f"{it} on a {ground} background"
         arrangement = {"background": ground}
     else:
-        place = rng.choice(tuple(LINES))
+        place = one_of(rng, "left|right|top|bottom")
         words = f"{it} {WHERE[place]}"
-        arrangement = {"layout": LINES[place], "places": [place]}
+        arrangement = {"layout": "row", "places": [place]}
     return draw_as_it_is(words, place_objects(rng, items, **arrangement), sources)
 
 
