@@ -124,11 +124,8 @@ def position(rng):
     relation = rng.choice(tuple(RELATIONS))
     one, other = (WHERE[place] for place in SIDES[relation])
     ways = [f"{first} {words} {second}" for words in RELATIONS[relation] * 2]
-    ways += [
-        f"{second} with {first} {vocabulary.ITS_SIDE[relation]}",
-        f"{first} {one} and {second} {other}",
-    ]
-    words = rng.choice(ways)
+    ways += [f"{second} with {first} {vocabulary.ITS_SIDE[relation]}"]
+    words = rng.choice([*ways, f"{first} {one} and {second} {other}"])
     target = place_objects(rng, pairs, places=SIDES[relation])
     return draw_pairs(wrapped(rng, words), target, pairs, coloured, relation)
 
@@ -233,10 +230,8 @@ def knowledge(rng, commonsense=False):
         while (color, shape) in world.HELD_OUT:
             shape = rng.choice(world.SHAPES)
     elif told in ("color", "both"):
-        thing = rng.choice(
-            [one for one, known in vocabulary.FACTS["color"].items() if known == color]
-        )
-    form = rng.choice([one for one, known in vocabulary.FACTS["shape"].items() if known == shape])
+        thing = rng.choice(vocabulary.things_with("color", color))
+    form = rng.choice(vocabulary.things_with("shape", shape))
     number = 1
 
     if told == "color":

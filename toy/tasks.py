@@ -35,7 +35,7 @@ def painted(rng):
 
 def edit(rng, least=1):
     """A picture and "make the star green": all that is not named stays. `least`: fewest objects."""
-    make_edit = EDITS[rng.choice(tuple(EDITS))]
+    make_edit = rng.choice(EDITS)
     while True:
         scene = world.random_scene(rng, least=least)
         item = scene.objects[rng.randrange(len(scene.objects))]

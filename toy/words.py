@@ -88,6 +88,11 @@ WHERE = {place: f"at the {place}" for place in PLACES}
 WHERE |= {"centre": "in the centre", "left": "on the left", "right": "on the right"}
 
 
+def things_with(about, value):
+    """The things of FACTS that have this colour or this shape."""
+    return [thing for thing, known in FACTS[about].items() if known == value]
+
+
 def with_article(words):
     """ "a red star", "an orange star"."""
     return ("an " if words[0] in "aeiou" else "a ") + words
