@@ -29,7 +29,6 @@ from toy.tasks import FIRST_EDITS, PICTURE_KINDS, SIX_KINDS, TEXT_KINDS, task
 from toy.words import NUMBERS, describe
 
 SHOWN = 10  # cases of each kind in the grid of --out
-BARE_WORDS = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
 # What people type first | the images that are right | the nearest ones that this world has.
 FIRST_CONTACT = """
 the sun in the sky | | a yellow thing
@@ -102,21 +101,17 @@ def goals_in(words):
         others = [color for color in COLORS if color != excluded[1]]
         words = ", or ".join(words.replace(excluded[0], color) for color in others)
 
-    color, shape = "|".join(COLORS), "|".join(SHAPES)
-    named = rf"\b(an?|{'|'.join(NUMBERS)}) (?:({color}) )?({shape}|thing)"
+    times = {"a": 1, "an": 1} | {word: number for number, word in enumerate(NUMBERS)}
+    numbers, colors, shapes = map("|".join, (times, COLORS, SHAPES))
+    named = rf"\b({numbers}) (?:({colors}) )?(?:({shapes})|thing)"
     goals = []
     for way in filter(None, words.split(", or ")):
         pattern = "plain"
         if "half" in way or "core" in way:
             pattern = None
         objects = []
-        for number, color_name, shape_name in re.findall(named, way):
-            times = 1
-            if number in NUMBERS:
-                times = NUMBERS.index(number)
-            if shape_name == "thing":
-                shape_name = None
-            objects += [GoalObject(color_name or None, shape_name, pattern)] * times
+        for number, color, shape in re.findall(named, way):
+            objects += [GoalObject(color or None, shape or None, pattern)] * times[number]
         relation = re.search("left of|right of|above|below", way)
         ground = re.search(r"on a (\w+) background", way)
         goals.append(Goal(tuple(objects), relation and relation[0], ground and ground[1]))
@@ -138,25 +133,30 @@ def scores(kind, pairs):
 
 def answer_share(model, args):
     """The share of --limit unseen questions that the MLLM answers word for word."""
-    questions = [unseen_question(i, args.seed) for i in range(args.limit)]
     right = 0
-    for talk in tqdm(questions, "answers"):
+    for i in tqdm(range(args.limit), "answers"):
+        talk = unseen_question(i, args.seed)
         right += model.answer(talk.user, talk.images) == talk.assistant
-    return right / len(questions)
+    return right / args.limit
 
 
-def seeds_of(rows, args):
-    """A seed for each row: each case has its own noise."""
-    return [args.seed + i for i in range(len(rows))]
+def draw(model, rows, args, **options):
+    """A list of images for each (prompt, images) row, which has noise of its own."""
+    return generate(model, rows, args, range(args.seed, args.seed + len(rows)), **options)
+
+
+def share_right(results, goals):
+    """The share of the images that show their row's goal."""
+    pairs = zip(results, goals, strict=True)
+    return float(np.mean([score(image, goal) for images, goal in pairs for image in images]))
 
 
 def bare_words(model, args):
     """The share of bare words, "blue circle", that are right; from --limit 48 on of all pairs."""
-    prompts = random.Random(args.seed).sample(BARE_WORDS, min(args.limit, len(BARE_WORDS)))
-    results = generate(model, [(prompt, []) for prompt in prompts], args, seeds_of(prompts, args))
-    pairs = zip(prompts, results, strict=True)
-    right = [score(i, goals_in(f"a {prompt}")[0]) for prompt, images in pairs for i in images]
-    return float(np.mean(right))
+    names = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
+    names = random.Random(args.seed).sample(names, min(args.limit, len(names)))
+    results = draw(model, [(name, []) for name in names], args)
+    return share_right(results, [goals_in(f"a {name}")[0] for name in names])
 
 
 def edits_of_generated(model, kind, args):
@@ -165,35 +165,30 @@ def edits_of_generated(model, kind, args):
     Only of those whose source came out right.
     """
     tasks = [task(kind, i, args.seed, "test") for i in range(args.limit)]
-    rows = [(describe(t.sources[0]), []) for t in tasks]
-    sources = generate(model, rows, args, seeds_of(rows, args), num_images=1)
-    cases = [
-        (t, source)
-        for t, (source,) in zip(tasks, sources, strict=True)
-        if score(source, goal_of(t.sources[0]))
-    ]
-    if not cases:
+    results = draw(model, [(describe(t.sources[0]), []) for t in tasks], args, num_images=1)
+    pairs = [(t, source) for t, (source,) in zip(tasks, results, strict=True)]
+    pairs = [(t, source) for t, source in pairs if score(source, goal_of(t.sources[0]))]
+    if not pairs:
         return 0.0
-    rows = [(t.prompt, [source]) for t, source in cases]
-    results = generate(model, rows, args, seeds_of(rows, args))
-    pairs = zip(cases, results, strict=True)
-    return float(np.mean([score(i, t.goal) for (t, _), images in pairs for i in images]))
+    results = draw(model, [(t.prompt, [source]) for t, source in pairs], args)
+    return share_right(results, [t.goal for t, _ in pairs])
 
 
 def first_contact(model, args):
     """Shares of first-contact prompts: {"first contact right", "... nearest", "... misleading"}."""
     lines = [line.split("|") for line in FIRST_CONTACT.strip().splitlines()][: args.limit]
-    rows = [(line[0].strip(), []) for line in lines]
-    results = generate(model, rows, args, seeds_of(rows, args), num_images=1)
+    lines = [[cell.strip() for cell in line] for line in lines]
+    results = draw(model, [(prompt, []) for prompt, _, _ in lines], args, num_images=1)
     counts = {"right": 0, "nearest": 0, "misleading": 0}
+
     for (prompt, asked, nearest), (image,) in zip(lines, results, strict=True):
-        said = goals_in(restate(model, prompt.strip()))
-        if any(score(image, goal) for goal in goals_in(asked.strip())):
-            counts["right"] += 1
-        elif any(score(image, goal) for goal in goals_in(nearest.strip())):
-            counts["nearest"] += 1
-        elif not any(score(image, goal) for goal in said):
-            counts["misleading"] += 1
+        said = restate(model, prompt)
+        right, near, as_said = (
+            any(score(image, goal) for goal in goals_in(words)) for words in (asked, nearest, said)
+        )
+        counts["right"] += right
+        counts["nearest"] += near and not right
+        counts["misleading"] += not (right or near or as_said)
     return {f"first contact {name}": count / len(lines) for name, count in counts.items()}
 
 
@@ -206,8 +201,7 @@ def run(model, args):
 
     for kind in tqdm(kinds, "kinds"):
         tasks = [task(kind, i, args.seed, "test") for i in range(args.limit)]
-        rows = [(t.prompt, t.images) for t in tasks]
-        results = generate(model, rows, args, seeds_of(rows, args))
+        results = draw(model, [(t.prompt, t.images) for t in tasks], args)
         pairs = [(image, t) for t, images in zip(tasks, results, strict=True) for image in images]
         table |= scores(kind, pairs)
         for t, images in zip(tasks[:SHOWN], results, strict=False):

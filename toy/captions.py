@@ -3,16 +3,14 @@
 A maker takes a random generator and returns a `Task`; toy/tasks.py names them all.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from toy import scene as world
 from toy import wordings
 from toy import words as vocabulary
 from toy.scene import Goal, GoalObject, Object, Pair, Scene, place_objects, random_pair, render
-from toy.words import RELATIONS, SIDES, WHERE, counted, describe, plural, with_article
-
-# The layout that has a place at this side.
-LINES = {"left": "row", "right": "row", "top": "column", "bottom": "column"}
+from toy.words import RELATIONS, SIDES, WHERE, counted, listed, on_a, one_of, plural, with_article
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,9 @@ class Task:
 
 def draw_as_it_is(prompt, target, sources=(), exact=False):
     """The task whose goal is the whole target; `exact` also asks for its objects' centres."""
-    return Task(prompt, target, world.goal_of(target, exact), describe(target), tuple(sources))
+    return Task(
+        prompt, target, world.goal_of(target, exact), vocabulary.describe(target), tuple(sources)
+    )
 
 
 def wrapped(rng, words):
@@ -57,33 +57,14 @@ def pair_name(pair, coloured=True):
     return f"{pair.color} {pair.shape}" if coloured else pair.shape
 
 
-def _goal(pairs, coloured=True, relation=None):
-    """The goal to show these pairs; not `coloured`: in any colour."""
+def draw_pairs(prompt, target, pairs, coloured=True, relation=None, background=None):
+    """The task to show these pairs; not `coloured`: in any colour."""
     objects = [GoalObject(pair.color if coloured else None, pair.shape) for pair in pairs]
-    return Goal(tuple(objects), relation)
-
-
-def one_object(rng, coloured, held_out=False):
-    """ "a photo of a star"; coloured: "a red star"; held out: a pair of HELD_OUT."""
-    pair = random_pair(rng, held_out=held_out)
-    name = pair_name(pair, coloured)
-    target = place_objects(rng, [pair])
-    plain = words = with_article(name)
-    if not plain.startswith("an") and rng.random() < 0.2:
-        words = rng.choice(("one ", "a single ")) + name
-    return Task(wrapped(rng, words), target, _goal([pair], coloured), plain)
-
-
-def counting(rng):
-    """ "three stars" or "3 red stars"."""
-    pair = random_pair(rng)
-    number = rng.randint(2, 4)
-    coloured = rng.random() < 0.5
-    name = pair_name(pair, coloured)
-    target = place_objects(rng, [pair] * number)
-    plain = counted(number, name)
-    words = rng.choice((plain, plain, f"{number} {plural(name)}"))
-    return Task(wrapped(rng, words), target, _goal([pair] * number, coloured), plain)
+    goal = Goal(tuple(objects), relation, background)
+    counts = Counter(pair_name(pair, coloured) for pair in pairs)
+    names = [counted(number, name) for name, number in counts.items()]
+    plain = f" {relation} ".join(names) if relation else listed(names)
+    return Task(prompt, target, goal, plain + on_a(background))
 
 
 def _different_pairs(rng, coloured):
@@ -93,14 +74,46 @@ def _different_pairs(rng, coloured):
     return first, random_pair(rng, taken)
 
 
+def _different_shapes(rng, number):
+    """So many pairs, each of another shape."""
+    pairs = []
+    while len(pairs) < number:
+        pair = random_pair(rng, taken=pairs)
+        if pair.shape not in [other.shape for other in pairs]:
+            pairs.append(pair)
+    return pairs
+
+
+def one_object(rng, coloured, held_out=False):
+    """ "a photo of a star"; coloured: "a red star"; held out: a pair of HELD_OUT."""
+    pair = random_pair(rng, held_out=held_out)
+    name = pair_name(pair, coloured)
+    target = place_objects(rng, [pair])
+    words = with_article(name)
+    if not words.startswith("an") and rng.random() < 0.2:
+        words = rng.choice(("one ", "a single ")) + name
+    return draw_pairs(wrapped(rng, words), target, [pair], coloured)
+
+
+def counting(rng):
+    """ "three stars" or "3 red stars"."""
+    pair = random_pair(rng)
+    number = rng.randint(2, 4)
+    coloured = rng.random() < 0.5
+    name = pair_name(pair, coloured)
+    target = place_objects(rng, [pair] * number)
+    in_words = counted(number, name)
+    words = rng.choice((in_words, in_words, f"{number} {plural(name)}"))
+    return draw_pairs(wrapped(rng, words), target, [pair] * number, coloured)
+
+
 def two_objects(rng, coloured):
     """ "a star and a cross"; coloured: "a red star next to a blue cross"."""
     pairs = _different_pairs(rng, coloured)
     first, second = (with_article(pair_name(pair, coloured)) for pair in pairs)
     joint = rng.choice(("and", "and", "and", "with", "next to"))
     target = place_objects(rng, pairs)
-    words = wrapped(rng, f"{first} {joint} {second}")
-    return Task(words, target, _goal(pairs, coloured), f"{first} and {second}")
+    return draw_pairs(wrapped(rng, f"{first} {joint} {second}"), target, pairs, coloured)
 
 
 def position(rng):
@@ -109,14 +122,12 @@ def position(rng):
     pairs = _different_pairs(rng, coloured)
     first, second = (with_article(pair_name(pair, coloured)) for pair in pairs)
     relation = rng.choice(tuple(RELATIONS))
-    places = SIDES[relation]
+    one, other = (WHERE[place] for place in SIDES[relation])
     ways = [f"{first} {words} {second}" for words in RELATIONS[relation] * 2]
-    ways.append(f"{second} with {first} {vocabulary.ITS_SIDE[relation]}")
-    ways.append(f"{first} {WHERE[places[0]]} and {second} {WHERE[places[1]]}")
-    words = rng.choice(ways)
-    target = place_objects(rng, pairs, LINES[places[0]], places)
-    plain = f"{first} {relation} {second}"
-    return Task(wrapped(rng, words), target, _goal(pairs, coloured, relation), plain)
+    ways += [f"{second} with {first} {vocabulary.ITS_SIDE[relation]}"]
+    words = rng.choice([*ways, f"{first} {one} and {second} {other}"])
+    target = place_objects(rng, pairs, places=SIDES[relation])
+    return draw_pairs(wrapped(rng, words), target, pairs, coloured, relation)
 
 
 def dense(rng, least=1):
@@ -125,7 +136,7 @@ def dense(rng, least=1):
     Tells every colour, every place and the background. `least` is the fewest objects.
     """
     scene = world.random_scene(rng, patterns=0.3, least=least)
-    words = describe(scene)
+    words = vocabulary.describe(scene)
     if " on a " in words and rng.random() < 0.3:
         words, ground = words.rsplit(" on ", 1)
         words = f"on {ground}, {words}"
@@ -136,12 +147,11 @@ def dense(rng, least=1):
 
 def two_colours(rng):
     """ "a star with a red core", "a half red half blue star left of a half pink half red cross"."""
-    number = rng.choice((1, 1, 2))
-    items = [Object(pair.shape, pair.color) for pair in (random_pair(rng) for _ in range(number))]
-    items = [world.two_coloured(rng, item) for item in items]
-    layout = rng.choice(("row", "column")) if number == 2 else "centre"
+    pairs = [random_pair(rng) for _ in range(rng.choice((1, 1, 2)))]
+    items = [world.two_coloured(rng, Object(pair.shape, pair.color)) for pair in pairs]
+    layout = rng.choice(("row", "column")) if len(items) == 2 else "centre"
     scene = place_objects(rng, items, layout)
-    return draw_as_it_is(wrapped(rng, describe(scene)), scene)
+    return draw_as_it_is(wrapped(rng, vocabulary.describe(scene)), scene)
 
 
 def _free_name(rng, pair, number, coloured):
@@ -155,10 +165,9 @@ def _free_name(rng, pair, number, coloured):
     return f"{amount} {name if number == 1 else plural(name)}".strip()
 
 
-def _free_relation(rng, names):
+def _free_relation(rng, first, second):
     """Two names in a relation, as people put it: (words, relation)."""
     relation = rng.choice(tuple(RELATIONS))
-    first, second = names
     one, other = (WHERE[place] for place in SIDES[relation])
     ways = [f"{first} {words} {second}" for words in RELATIONS[relation]]
     ways += [f"{first} that is {rng.choice(RELATIONS[relation])} {second}"]
@@ -180,39 +189,30 @@ def free_wording(rng):
     two_sorts = [(1, 1), (1, 1), (2, 1), (1, 2), (2, 2), (3, 1)]
     numbers = rng.choice(one_sort + two_sorts + [(1, 1, 1)])
     coloured = sum(numbers) > 2 and len(numbers) > 1 or rng.random() < 0.7
-    pairs = []
-    while len(pairs) < len(numbers):
-        pair = random_pair(rng, taken=pairs)
-        if pair.shape not in [other.shape for other in pairs]:
-            pairs.append(pair)
-    names = [_free_name(rng, *each, coloured) for each in zip(pairs, numbers, strict=True)]
-    joint = rng.choice(wordings.JOINTS)
-    relation, layout, places = None, None, None
-    phrase = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} {joint} {names[-1]}"
-    plain_names = [counted(n, pair_name(p, coloured)) for p, n in zip(pairs, numbers, strict=True)]
-    plain = " and ".join(filter(None, (", ".join(plain_names[:-1]), plain_names[-1])))
+    sorts = list(zip(_different_shapes(rng, len(numbers)), numbers, strict=True))
 
+    names = [_free_name(rng, pair, number, coloured) for pair, number in sorts]
+    phrase, relation = listed(names, rng.choice(wordings.JOINTS)), None
     if numbers == (1, 1) and rng.random() < 0.6:
-        phrase, relation = _free_relation(rng, names)
-        plain = f"{plain_names[0]} {relation} {plain_names[1]}"
-        places = SIDES[relation]
-        layout = LINES[places[0]]
-    others = [shape for shape in world.SHAPES if shape not in {pair.shape for pair in pairs}]
+        phrase, relation = _free_relation(rng, *names)
     if rng.random() < 0.08:
         only = rng.choice(wordings.ONLY)
-        phrase = only.format(phrase, other=plural(rng.choice(others)))
+        named = [pair.shape for pair, _ in sorts]
+        other = rng.choice([shape for shape in world.SHAPES if shape not in named])
+        phrase = only.format(phrase, other=plural(other))
+
     ground = rng.choice(("grey", "black")) if rng.random() < 0.2 else "white"
     if ground != "white":
         told = rng.choice((ground, "gray" if ground == "grey" else ground))
         phrase += rng.choice(wordings.GROUNDS).format(told)
-        plain += f" on a {ground} background"
-    items = [pair for pair, n in zip(pairs, numbers, strict=True) for _ in range(n)]
+    items = [pair for pair, number in sorts for _ in range(number)]
     placed = items if relation else rng.sample(items, len(items))
     if not unseen:  # in training, in the order of the words: it is learned sooner than any order
         placed = items
-    target = place_objects(rng, placed, layout, places, ground)
-    goal = replace(_goal(items, coloured, relation), background=ground)
-    return Task(wordings.ask(rng, phrase, unseen), target, goal, plain, for_test=unseen)
+    target = place_objects(rng, placed, places=SIDES.get(relation), background=ground)
+    prompt = wordings.ask(rng, phrase, unseen)
+    made = draw_pairs(prompt, target, items, coloured, relation, ground)
+    return replace(made, for_test=unseen)
 
 
 def knowledge(rng, commonsense=False):
@@ -230,83 +230,27 @@ def knowledge(rng, commonsense=False):
         while (color, shape) in world.HELD_OUT:
             shape = rng.choice(world.SHAPES)
     elif told in ("color", "both"):
-        thing = rng.choice(vocabulary.COLOR_FACTS[color])
-    form = rng.choice(vocabulary.SHAPE_FACTS[shape])
+        thing = rng.choice(vocabulary.things_with("color", color))
+    form = rng.choice(vocabulary.things_with("shape", shape))
     number = 1
 
     if told == "color":
-        way = rng.choice(("{} the {} of {}", "{} in the {} of {}", "{} with the same {} as {}"))
-        words = way.format(with_article(shape), colour, thing)
+        words = one_of(rng, "{} the {} of {}|{} in the {} of {}|{} with the same {} as {}")
+        words = words.format(with_article(shape), colour, thing)
     elif told == "shape":
-        ways = [f"{with_article(color)} object shaped like {form}"]
-        ways += [f"something {color} in the shape of {form}"]
-        ways += [f"{with_article(color)} thing with the shape of {form}"]
-        words = rng.choice(ways)
+        ways = "{a} object shaped like {}|something {c} in the shape of {}"
+        ways += "|{a} thing with the shape of {}"
+        words = one_of(rng, ways).format(form, c=color, a=with_article(color))
     elif told == "both":
-        ways = [f"something shaped like {form} in the {colour} of {thing}"]
-        ways += [f"an object the {colour} of {thing} and the shape of {form}"]
-        words = rng.choice(ways)
+        ways = "something shaped like {} in the {c} of {t}"
+        ways += "|an object the {c} of {t} and the shape of {}"
+        words = one_of(rng, ways).format(form, c=colour, t=thing)
     else:
         (owner, parts), number = rng.choice(tuple(vocabulary.FACTS["count"].items()))
         words = f"as many {color} {plural(shape)} as {owner} has {parts}"
     pairs = [Pair(color, shape)] * number
     target = place_objects(rng, pairs)
-    return Task(wrapped(rng, words), target, _goal(pairs), counted(number, pair_name(pairs[0])))
-
-
-def lists(rng):
-    """ "red star, blue circle", "a star and a square, both red", "a blue star and a red one"."""
-    number = rng.choice((1, 2, 2, 2, 2, 2, 3))
-    pairs = []
-    while len(pairs) < number:
-        pair = random_pair(rng, taken=pairs)
-        if pair.shape not in [other.shape for other in pairs]:
-            pairs.append(pair)
-    case = rng.choice(("bare", "bare", "bare", "article", "related", "one colour", "one shape"))
-    if case in ("one colour", "one shape"):
-        color, shape = pairs[0]
-        same = [Pair(color, pair.shape) for pair in pairs]
-        if case == "one shape":
-            others = rng.sample(list(world.COLORS), number)
-            same = [Pair(color, shape) for color in others]
-        if set(same) & world.HELD_OUT or number == 1:
-            return lists(rng)
-        pairs = same
-    names = [pair_name(pair) for pair in pairs]
-    articles = [with_article(name) for name in names]
-    relation, layout, places = None, None, None
-    joint = rng.choice((", ", ", ", " and ", " and ", " + ", " & ", "; ", ",", " "))
-
-    words = joint.join(names)
-    if case == "article":
-        words = rng.choice((", ", ", ", ",", "; ", ", and ")).join(articles)
-    elif case == "related" and number == 2:
-        relation = rng.choice(tuple(RELATIONS))
-        places = SIDES[relation]
-        layout = LINES[places[0]]
-        words = f" {rng.choice(RELATIONS[relation])} ".join(names)
-    elif case == "one colour":
-        shapes = [pair.shape for pair in pairs]
-        phrase = " and ".join(map(with_article, shapes))
-        phrase = rng.choice((phrase, " and ".join(shapes), ", ".join(map(with_article, shapes))))
-        ways = ("{}, both {c}", "{}, all {c}", "{}, all in {c}", "{c}: {}", "{} in {c}", "{c} {}")
-        if number == 3:
-            ways = ("{}, all {c}", "{}, all in {c}", "{}, all three {c}", "{c}: {}")
-        words = rng.choice(ways).format(phrase, c=pairs[0].color)
-    elif case == "one shape":
-        colors = [pair.color for pair in pairs]
-        *first, last = colors
-        told = f"{', '.join(first)} and {last}"
-        ones = f"{with_article(colors[0])} {shape}"
-        ones += "".join(f" and {with_article(color)} one" for color in colors[1:])
-        ways = (f"{counted(number, shape)}: {told}", f"{told} {plural(shape)}", ones)
-        ways += (f"{counted(number, shape)}, one {' and one '.join(colors)}",)
-        words = rng.choice(ways)
-    plain = f" {relation} ".join(articles)
-    if relation is None:
-        plain = " and ".join(filter(None, (", ".join(articles[:-1]), articles[-1])))
-    target = place_objects(rng, pairs, layout, places)
-    return Task(_first_words(rng, words), target, _goal(pairs, relation=relation), plain)
+    return draw_pairs(wrapped(rng, words), target, pairs)
 
 
 def _first_words(rng, words):
@@ -314,6 +258,46 @@ def _first_words(rng, words):
     if rng.random() < 0.7:
         return wordings.written(rng, words)
     return wordings.ask(rng, words)
+
+
+def lists(rng):
+    """ "red star, blue circle", "a star and a square, both red", "a blue star and a red one"."""
+    number = rng.choice((1, 2, 2, 2, 2, 2, 3))
+    pairs = _different_shapes(rng, number)
+    case = rng.choice(("bare", "bare", "bare", "article", "related", "one colour", "one shape"))
+    color, shape = pairs[0]
+    if case == "one colour":
+        pairs = [Pair(color, pair.shape) for pair in pairs]
+    elif case == "one shape":
+        pairs = [Pair(other, shape) for other in rng.sample(list(world.COLORS), number)]
+    if case.startswith("one") and (set(pairs) & world.HELD_OUT or number == 1):
+        return lists(rng)
+    names = [pair_name(pair) for pair in pairs]
+    relation = None
+    words = one_of(rng, ", |, | and | and | + | & |; |,| ").join(names)
+
+    if case == "article":
+        words = one_of(rng, ", |, |,|; |, and ").join(map(with_article, names))
+    elif case == "related" and number == 2:
+        relation = rng.choice(tuple(RELATIONS))
+        words = f" {rng.choice(RELATIONS[relation])} ".join(names)
+    elif case == "one colour":
+        shapes = [pair.shape for pair in pairs]
+        named = [with_article(name) for name in shapes]
+        phrase = rng.choice((" and ".join(named), " and ".join(shapes), ", ".join(named)))
+        ways = "{}, both {c}|{}, all {c}|{}, all in {c}|{c}: {}|{} in {c}|{c} {}"
+        if number == 3:
+            ways = "{}, all {c}|{}, all in {c}|{}, all three {c}|{c}: {}"
+        words = one_of(rng, ways).format(phrase, c=color)
+    elif case == "one shape":
+        colors = [pair.color for pair in pairs]
+        ones = f"{with_article(colors[0])} {shape}"
+        ones += "".join(f" and {with_article(other)} one" for other in colors[1:])
+        ways = (f"{counted(number, shape)}: {listed(colors)}", f"{listed(colors)} {plural(shape)}")
+        ways += (ones, f"{counted(number, shape)}, one {' and one '.join(colors)}")
+        words = rng.choice(ways)
+    target = place_objects(rng, pairs, places=SIDES.get(relation))
+    return draw_pairs(_first_words(rng, words), target, pairs, relation=relation)
 
 
 def nearest(rng):
@@ -324,12 +308,11 @@ def nearest(rng):
     tint, near_color = rng.choice(tuple(vocabulary.NEAR_COLORS.items()))
     known, known_color = rng.choice(tuple(vocabulary.LOOSE_FACTS.items()))
     made_up = wordings.made_up_word(rng)
-    cases = ("tint", "thing", "bare thing", "many", "not", "no", "made up", "fact", "size")
-    case = rng.choice(cases)
-    color_case = {"tint": near_color, "fact": known_color}.get(case, color)
-    pairs, coloured = [Pair(color_case, shape)], True
+    case = one_of(rng, "tint|thing|bare thing|many|not|no|made up|fact|size")
+    pairs, coloured = [pair], True
 
     if case == "tint":
+        pairs = [Pair(near_color, shape)]
         words = f"{tint} {shape}"
     elif case == "thing":
         pairs = [Pair(color, form)] * rng.choice((1, 1, 1, 2, 3))
@@ -345,15 +328,13 @@ def nearest(rng):
     elif case == "not":
         allowed = [c for c in world.COLORS if c != color and (c, shape) not in world.HELD_OUT]
         pairs = [Pair(allowed[0], shape)]
-        ways = ("{} that is not {}", "{}, but not {}", "{} that isn't {}", "{}, not {}")
-        ways += ("{} which is not {}", "{} in any colour but {}", "non-{1} {0}")
-        words = rng.choice(ways).format(shape, color)
+        ways = "{} that is not {}|{}, but not {}|{} that isn't {}|{}, not {}"
+        ways += "|{} which is not {}|{} in any colour but {}|non-{1} {0}"
+        words = one_of(rng, ways).format(shape, color)
     elif case == "no":
-        words = rng.choice(("no {}", "no {s}", "nothing", "an empty picture", "without {s}"))
+        words = one_of(rng, "no {}|no {s}|nothing|an empty picture|without {s}")
         empty = Scene((), rng.choice(("white", "white", "black")))
-        words = words.format(shape, s=plural(shape))
-        if empty.background != "white":
-            words += f" on a {empty.background} background"
+        words = words.format(shape, s=plural(shape)) + on_a(empty.background)
         return draw_as_it_is(_first_words(rng, words), empty)
     elif case == "made up":
         pairs, coloured = [Pair(color, "circle")], rng.random() < 0.7
@@ -361,29 +342,21 @@ def nearest(rng):
         if coloured:
             words = rng.choice((f"{color} {made_up}", f"{color} {made_up}", color))
     elif case == "fact":
-        ways = ("{} the colour of {}", "{} the color of {}", "{} as {color} as {}", "{} like {}")
-        words = rng.choice(ways).format(shape, known, color=known_color)
+        pairs = [Pair(known_color, shape)]
+        words = one_of(rng, "{} the colour of {}|{} the color of {}|{} as {c} as {}|{} like {}")
+        words = words.format(shape, known, c=known_color)
     else:
         pairs = list(_different_pairs(rng, True))
-        first, second = map(pair_name, pairs)
-        words = f"a big {first} and a small {second}"
+        words = "a big {} and a small {}".format(*map(pair_name, pairs))
         if rng.random() < 0.7:
-            joints = ("bigger than", "smaller than", "inside", "behind", "in front of", "or")
-            words = f" {rng.choice(joints)} ".join(map(with_article, (first, second)))
+            joint = one_of(rng, "bigger than|smaller than|inside|behind|in front of|or")
+            words = f" {joint} ".join(with_article(pair_name(pair)) for pair in pairs)
     if set(pairs) & world.HELD_OUT:
         return nearest(rng)
     if len(pairs) == 1 and rng.random() < 0.6:
         words = with_article(words)
 
-    ground = "white"
-    if rng.random() < 0.1:
-        ground = rng.choice(("grey", "black"))
-        words += f" on a {ground} background"
-    plain = counted(len(pairs), pair_name(pairs[0], coloured))
-    if case == "size":
-        plain = f"{with_article(first)} and {with_article(second)}"
-    if ground != "white":
-        plain += f" on a {ground} background"
+    ground = rng.choice(("grey", "black")) if rng.random() < 0.1 else "white"
     target = place_objects(rng, pairs, background=ground)
-    goal = replace(_goal(pairs, coloured), background=ground)
-    return Task(_first_words(rng, words), target, goal, plain)
+    prompt = _first_words(rng, words + on_a(ground))
+    return draw_pairs(prompt, target, pairs, coloured, background=ground)

@@ -11,12 +11,13 @@ from itertools import combinations, product
 
 from toy import scene as world
 from toy.scene import PLACES, Object, Pair, Scene, place_objects
-from toy.words import LOOSE_FACTS, RELATIONS, SIDES, WHERE, plural, refer, with_article
+from toy.words import LOOSE_FACTS, RELATIONS, SIDES, WHERE, one_of, plural, refer, with_article
 
-RECOLOUR_WAYS = ("make {} {}", "paint {} {}", "turn {} {}", "change the colour of {} to {}")
-RECOLOUR_WAYS += ("change the color of {} to {}", "recolour {} to {}")
-RESHAPE_WAYS = ("turn {} into {}", "change {} into {}", "make {} {}", "replace {} with {}")
-REMOVE_VERBS = ("remove", "delete", "take away", "erase", "get rid of")
+RECOLOUR = "make {} {}|paint {} {}|turn {} {}|change the colour of {} to {}"
+RECOLOUR += "|change the color of {} to {}|recolour {} to {}"
+RESHAPE = "turn {} into {}|change {} into {}|make {} {}|replace {} with {}"
+REMOVE = "remove|delete|take away|erase|get rid of"
+GROUND = "make the background {}|change the background to {}|set the background to {}"
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def recolour(rng, choice):
     item, color = choice.item, choice.new.color
     if choice.it is None or color == item.color:
         return None
-    words = rng.choice(RECOLOUR_WAYS).format(choice.it, color)
+    words = one_of(rng, RECOLOUR).format(choice.it, color)
     return words, replaced(choice.scene, [item], [replace(item, color=color)])
 
 
@@ -50,7 +51,7 @@ def reshape(rng, choice):
     item, shape = choice.item, choice.new.shape
     if choice.it is None or shape == item.shape:
         return None
-    words = rng.choice(RESHAPE_WAYS).format(choice.it, with_article(shape))
+    words = one_of(rng, RESHAPE).format(choice.it, with_article(shape))
     return words, replaced(choice.scene, [item], [replace(item, shape=shape)])
 
 
@@ -68,17 +69,15 @@ def add(rng, choice):
         return None
     place = rng.choice(choice.free)
     edited = placed(rng, choice.scene, choice.new, place)
-    verb = rng.choice(("add", "put", "place", "draw"))
-    words = f"{verb} {with_article(f'{choice.new.color} {choice.new.shape}')} {WHERE[place]}"
-    return words, edited
+    name = with_article(f"{choice.new.color} {choice.new.shape}")
+    return f"{one_of(rng, 'add|put|place|draw')} {name} {WHERE[place]}", edited
 
 
 def remove(rng, choice):
     """ "take away the cross"."""
     if choice.it is None or len(choice.scene.objects) == 1:
         return None
-    verb = rng.choice(REMOVE_VERBS)
-    return f"{verb} {choice.it}", replaced(choice.scene, [choice.item])
+    return f"{one_of(rng, REMOVE)} {choice.it}", replaced(choice.scene, [choice.item])
 
 
 def move(rng, choice):
@@ -86,7 +85,7 @@ def move(rng, choice):
     if choice.it is None or not choice.free:
         return None
     place = rng.choice(choice.free)
-    verb = rng.choice(("move", "shift", "put"))
+    verb = one_of(rng, "move|shift|put")
     words = f"{verb} {choice.it} {WHERE[place] if verb == 'put' else f'to the {place}'}"
     x, y = world.near(rng, place)
     return words, replaced(choice.scene, [choice.item], [replace(choice.item, x=x, y=y)])
@@ -101,35 +100,32 @@ def swap(rng, choice):
     name = refer(rng, scene, other)
     if name is None or (other.shape, other.color) == (item.shape, item.color):
         return None
-    ways = ("swap {} and {}", "exchange {} and {}", "let {} and {} change places")
-    words = rng.choice(ways).format(choice.it, name)
+    words = one_of(rng, "swap {} and {}|exchange {} and {}|let {} and {} change places")
     swapped = [replace(item, x=other.x, y=other.y), replace(other, x=item.x, y=item.y)]
-    return words, replaced(scene, [item, other], swapped)
+    return words.format(choice.it, name), replaced(scene, [item, other], swapped)
 
 
 def background(rng, choice):
     """ "make the background grey"."""
     ground = rng.choice([name for name in world.BACKGROUNDS if name != choice.scene.background])
-    ways = ["make the background {}", "change the background to {}", "set the background to {}"]
-    ways += ["put it all on a {} background"]
-    return rng.choice(ways).format(ground), replace(choice.scene, background=ground)
+    words = one_of(rng, GROUND + "|put it all on a {} background").format(ground)
+    return words, replace(choice.scene, background=ground)
 
 
-EDITS = {make.__name__: make for make in (recolour, reshape, add, remove, move, swap, background)}
+EDITS = (recolour, reshape, add, remove, move, swap, background)
 
 
 # ---- Several objects at once ---------------------------------------------------------
-def group_words(rng, items, shape=None):
+def group_words(rng, items, shape):
     """Words for all `items` of a scene, or for all of a shape: "everything", "the stars"."""
-    if shape is None:
-        ways = ["all", "everything", "all objects", "all of them", "all the objects", "them all"]
+    ways = "all|everything|all objects|all of them|all the objects|them all"
+    if shape is None and len(items) == 2:
+        ways = "both|both objects|both of them|everything|all|them both"
+    if shape is not None:
+        ways = "the {s}|the {s}|all {s}|all the {s}|all of the {s}"
         if len(items) == 2:
-            ways = ["both", "both objects", "both of them", "everything", "all", "them both"]
-        return rng.choice(ways)
-    ways = ["the {}", "the {}", "all {}", "all the {}", "all of the {}"]
-    if len(items) == 2:
-        ways += ["both {}", "the two {}"]
-    return rng.choice(ways).format(plural(shape))
+            ways += "|both {s}|the two {s}"
+    return one_of(rng, ways).format(s=shape and plural(shape))
 
 
 def change_group(rng, choice):
@@ -137,18 +133,18 @@ def change_group(rng, choice):
     scene, item, new = choice.scene, choice.item, choice.new
     shape = rng.choice((None, item.shape))
     items = [other for other in scene.objects if shape in (None, other.shape)]
-    case = rng.choice(("recolour", "recolour", "reshape", "remove"))
+    case = one_of(rng, "recolour|recolour|reshape|remove")
     if len(items) < 2 or (case == "remove" and len(items) == len(scene.objects)):
         return None
     words = group_words(rng, items, shape)
     if case == "remove":
-        return f"{rng.choice(REMOVE_VERBS)} {words}", replaced(scene, items)
+        return f"{one_of(rng, REMOVE)} {words}", replaced(scene, items)
 
     if case == "recolour":
-        words = rng.choice(RECOLOUR_WAYS).format(words, new.color)
+        words = one_of(rng, RECOLOUR).format(words, new.color)
         changed = [replace(other, color=new.color) for other in items]
     else:
-        words = rng.choice(RESHAPE_WAYS).format(words, plural(new.shape))
+        words = one_of(rng, RESHAPE).format(words, plural(new.shape))
         changed = [replace(other, shape=new.shape) for other in items]
     if set(changed) & set(items):  # something would stay as it was
         return None
@@ -193,18 +189,18 @@ def with_one_more(rng, scene, new, place=None):
         if world.score(world.render(edited), world.goal_of(edited, exact=True)):
             return edited
 
-    way = make_room(tuple(map(world.place_of, scene.objects)), place)
-    if way is None or len(scene.objects) > 3:
+    places = tuple(map(world.place_of, scene.objects))
+    way = make_room(places, place)
+    if way is None or len(places) > 3:
         return None
     moved, place = way
     layout = "row" if len(moved) == 1 else "corners"
-    largest = world.LAYOUTS[layout].sizes[1]
     kept = []
-    for item, spot in zip(scene.objects, moved, strict=True):
-        right = PLACES[spot][0] - PLACES[world.place_of(item)][0]
-        down = PLACES[spot][1] - PLACES[world.place_of(item)][1]
-        size = min(item.size, largest)
-        kept.append(replace(item, x=item.x + right, y=item.y + down, size=size))
+    for item, old, spot in zip(scene.objects, places, moved, strict=True):
+        x = item.x + PLACES[spot][0] - PLACES[old][0]
+        y = item.y + PLACES[spot][1] - PLACES[old][1]
+        size = min(item.size, world.LAYOUTS[layout].sizes[1])
+        kept.append(replace(item, x=x, y=y, size=size))
     added = place_objects(rng, [new], layout, [place]).objects
     return replace(scene, objects=(*kept, *added))
 
@@ -216,12 +212,11 @@ def add_anywhere(rng, choice):
         return None
     target = with_one_more(rng, choice.scene, choice.new, place)
     name = with_article(f"{choice.new.color} {choice.new.shape}")
-    verb = rng.choice(("add", "add", "put", "place", "draw", "insert"))
-    words = f"{verb} {name} {WHERE.get(place)}"
+    words = f"{one_of(rng, 'add|add|put|place|draw|insert')} {name} {WHERE.get(place)}"
     if place is None:
-        ways = ("add {}", "add {}", "add {} too", "add another object: {}", "add {} to the picture")
-        ways += ("put {} next to it", "add {} beside it", "insert {}", "draw {} as well", "and {}")
-        words = rng.choice(ways).format(name)
+        ways = "add {}|add {}|add {} too|add another object: {}|add {} to the picture"
+        ways += "|put {} next to it|add {} beside it|insert {}|draw {} as well|and {}"
+        words = one_of(rng, ways).format(name)
     return target and (words, target)
 
 
@@ -232,9 +227,10 @@ def one_less(rng, choice):
     items = [o for o in world.reading_order(choice.scene) if o.shape == shape]
     if len(items) < 2 or len({o.color for o in items}) > 1:
         return None
-    ways = (with_article(shape), f"one {shape}", f"one of the {plural(shape)}", f"only one {shape}")
-    words = f"{rng.choice(REMOVE_VERBS)} {rng.choice(ways)}"
-    return words, replaced(choice.scene, [items[-1]])
+    verb = one_of(rng, REMOVE)
+    words = one_of(rng, "{a}|one {}|one of the {s}|only one {}")
+    words = words.format(shape, a=with_article(shape), s=plural(shape))
+    return f"{verb} {words}", replaced(choice.scene, [items[-1]])
 
 
 def one_more(rng, choice):
@@ -244,9 +240,8 @@ def one_more(rng, choice):
     if len(colors) > 1:
         return None
     target = with_one_more(rng, choice.scene, Pair(item.color, item.shape))
-    ways = ("add {a}", "add another {}", "one more {}", "add one more {}", "draw another {}")
-    words = rng.choice(ways).format(item.shape, a=with_article(item.shape))
-    return target and (words, target)
+    words = one_of(rng, "add {a}|add another {}|one more {}|add one more {}|draw another {}")
+    return target and (words.format(item.shape, a=with_article(item.shape)), target)
 
 
 def move_beside(rng, choice):
@@ -257,14 +252,12 @@ def move_beside(rng, choice):
     other = next(o for o in scene.objects if o != item)
     name = refer(rng, scene, other)
     relation = rng.choice(tuple(RELATIONS))
-    line = "row" if relation in ("left of", "right of") else "column"
-    target = place_objects(rng, [item, other], line, SIDES[relation], scene.background)
+    target = place_objects(rng, [item, other], None, SIDES[relation], scene.background)
     related = world.satisfies(scene, replace(world.Goal(()), objects=world.goal_of(target).objects))
     if name is None or related:
         return None
-    ways = ("move {} {} {}", "put {} {} {}", "place {} {} {}", "shift {} {} {}")
-    words = rng.choice(ways).format(choice.it, rng.choice(RELATIONS[relation]), name)
-    return words, target
+    verb = one_of(rng, "move|put|place|shift")
+    return f"{verb} {choice.it} {rng.choice(RELATIONS[relation])} {name}", target
 
 
 def colour_of_a_thing(rng, choice):
@@ -272,9 +265,9 @@ def colour_of_a_thing(rng, choice):
     thing, color = rng.choice(tuple(LOOSE_FACTS.items()))
     if choice.it is None or color == choice.item.color:
         return None
-    ways = ("make {} the {colour} of {}", "give {} the {colour} of {}", "paint {} like {}")
-    colour = rng.choice(("colour", "color"))
-    words = rng.choice(ways).format(choice.it, thing, colour=colour)
+    colour = one_of(rng, "colour|color")
+    words = one_of(rng, "make {} the {colour} of {}|give {} the {colour} of {}|paint {} like {}")
+    words = words.format(choice.it, thing, colour=colour)
     return words, replaced(choice.scene, [choice.item], [replace(choice.item, color=color)])
 
 
@@ -282,9 +275,8 @@ def coloured_background(rng, choice):
     """ "make the background blue": a background that there is not, so grey."""
     if choice.scene.background == "grey":
         return None
-    ways = ("make the background {}", "change the background to {}", "set the background to {}")
-    ways += ("{} background", "put it on a {} background", "paint the background {}")
-    words = rng.choice(ways).format(choice.new.color)
+    ways = GROUND + "|{} background|put it on a {} background|paint the background {}"
+    words = one_of(rng, ways).format(choice.new.color)
     return words, replace(choice.scene, background="grey")
 
 
@@ -294,10 +286,10 @@ def terse(rng, choice):
     alike = [other for other in choice.scene.objects if other.shape == item.shape]
     if len(alike) > 1 or color == item.color:
         return None
-    ways = ["{shape} {color}", "{color} {shape}", "{color} {shape} instead", "{shape} in {color}"]
+    ways = "{0} {1}|{1} {0}|{1} {0} instead|{0} in {1}"
     if len(choice.scene.objects) == 1:
-        ways += ["{color}", "in {color}"]
-    words = rng.choice(ways).format(shape=item.shape, color=color)
+        ways += "|{1}|in {1}"
+    words = one_of(rng, ways).format(item.shape, color)
     return words, replaced(choice.scene, [item], [replace(item, color=color)])
 
 
@@ -305,15 +297,8 @@ def impossible(rng, choice):
     """ "make the star bigger": what this world cannot do, so nothing changes."""
     if choice.it is None:
         return None
-    ways = (
-        "make {} bigger",
-        "make {} smaller",
-        "rotate {}",
-        "tilt {}",
-        "make {} larger",
-        "flip {}",
-    )
-    return rng.choice(ways).format(choice.it), choice.scene
+    words = one_of(rng, "make {} bigger|make {} smaller|rotate {}|tilt {}|make {} larger|flip {}")
+    return words.format(choice.it), choice.scene
 
 
 SHORT_EDITS = (one_less, one_more, move_beside, colour_of_a_thing, coloured_background, terse)

@@ -281,12 +281,6 @@ def reading_order(scene):
     return sorted(scene.objects, key=lambda item: ((item.y > 24) + (item.y > 40), item.x))
 
 
-def free_places(scene):
-    """The places of a scene's layout where no object stands."""
-    taken = {place_of(item) for item in scene.objects}
-    return [place for place in LAYOUTS[layout_of(scene)].places if place not in taken]
-
-
 def roomy_places(scene):
     """The places, of any layout, at least 22 pixels from every object of a scene."""
     return [
@@ -391,14 +385,18 @@ class Goal:
     background: str | None = None
 
 
+def _wanted(item, exact):
+    """The `GoalObject` of an object at its place; `exact` asks for its centre."""
+    wanted = GoalObject(item.color, item.shape, item.pattern, item.inner)
+    if exact:
+        return replace(wanted, at=(item.x, item.y))
+    return replace(wanted, place=place_of(item))
+
+
 def goal_of(scene, exact=False):
     """The `Goal` of a scene's own objects, at their places; `exact` asks for their centres."""
-    wanted = []
-    for item in scene.objects:
-        place = None if exact else place_of(item)
-        at = (item.x, item.y) if exact else None
-        wanted.append(GoalObject(item.color, item.shape, item.pattern, item.inner, place, at))
-    return Goal(tuple(wanted), background=scene.background)
+    objects = tuple(_wanted(item, exact) for item in scene.objects)
+    return Goal(objects, background=scene.background)
 
 
 def _related(one, relation, other):
@@ -426,17 +424,6 @@ def score(picture, goal):
     return clear and satisfies(scene, goal)
 
 
-def _shows(scene, item):
-    """Whether a scene has this object, at this place."""
-    wanted = GoalObject(item.color, item.shape, item.pattern, item.inner, at=(item.x, item.y))
-    return any(wanted.fits(seen) for seen in scene.objects)
-
-
-def _near_any(item, others):
-    """Whether an object's centre is within 8 pixels of another's."""
-    return any(max(abs(item.x - o.x), abs(item.y - o.y)) <= 8 for o in others)
-
-
 def edit_score(picture, edit):
     """(changed, kept) of a picture drawn for an "edit" `Task`, two booleans.
 
@@ -445,12 +432,16 @@ def edit_score(picture, edit):
     """
     seen, clear = read(picture)
     before, after = edit.sources[0], edit.target
-    gone = set(before.objects) - set(after.objects)
-    new = set(after.objects) - set(before.objects)
-    same = set(before.objects) - gone
-    changed = all(_shows(seen, item) for item in new) and not any(_shows(seen, o) for o in gone)
-    kept = clear and all(_shows(seen, item) for item in same)
-    kept = kept and all(_near_any(o, before.objects + after.objects) for o in seen.objects)
+    old, new = set(before.objects), set(after.objects)
+    shown = {
+        o for o in old | new if any(_wanted(o, exact=True).fits(item) for item in seen.objects)
+    }
+    near = [
+        any(max(abs(item.x - o.x), abs(item.y - o.y)) <= 8 for o in old | new)
+        for item in seen.objects
+    ]
+    changed = new - old <= shown and not (old - new) & shown
+    kept = clear and old & new <= shown and all(near)
     right_background = seen.background == after.background
     if before.background != after.background:
         return changed and right_background, kept

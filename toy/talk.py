@@ -4,9 +4,10 @@ import random
 from dataclasses import dataclass
 
 from toy import scene as world
+from toy import words as vocabulary
 from toy.scene import Scene, layout_of, place_of, random_pair, random_scene, render
 from toy.tasks import FIRST_EDITS, SIX_KINDS, task
-from toy.words import FACTS, NUMBERS, WHERE, colour_words, describe, name_of, plural, with_article
+from toy.words import NUMBERS, WHERE, describe, name_of, one_of, plural, with_article
 
 # What a conversation is about, with weights.
 TALKS = {"a picture": 4, "five pictures": 4, "a question": 2, "five questions": 4}
@@ -46,16 +47,13 @@ def question(rng, scene):
     number = sum(other.shape == shape for other in items)
     only_of_shape = sum(other.shape == item.shape for other in items) == 1
     only_of_color = sum(item.color in (other.color, other.inner) for other in items) == 1
-    colour = rng.choice(("colour", "color"))
-    how_many = rng.choice(("how many {}?", "how many {} are there?", "count the {}"))
-    what = rng.choice(("what is in the picture?", "what do you see?", "describe the picture"))
-    how_many_objects = rng.choice(("how many objects?", "how many objects are there?"))
-    asked = [
-        (how_many.format(plural(shape)), NUMBERS[number]),
-        (how_many_objects, NUMBERS[len(items)]),
-        (f"what {colour} is the background?", scene.background),
-        (what, describe(scene)),
-    ]
+    colour = one_of(rng, "colour|color")
+    how_many = one_of(rng, "how many {}?|how many {} are there?|count the {}")
+    what = one_of(rng, "what is in the picture?|what do you see?|describe the picture")
+    how_many_objects = one_of(rng, "how many objects?|how many objects are there?")
+    asked = [(how_many.format(plural(shape)), NUMBERS[number])]
+    asked += [(how_many_objects, NUMBERS[len(items)])]
+    asked += [(f"what {colour} is the background?", scene.background), (what, describe(scene))]
 
     if rng.random() < 0.5:
         color, shape = item.color, item.shape
@@ -85,13 +83,11 @@ def account(rng, scene):
     told = []
     for item in rng.sample(scene.objects, len(scene.objects)):
         where = WHERE[place_of(item)]
-        colour, core = colour_words(item)
+        colour, core = vocabulary.colour_words(item)
         ways = []
         if sum(other.shape == item.shape for other in scene.objects) == 1:
-            ways += [
-                f"the {item.shape} is {colour}{core} {where}",
-                f"the {item.shape} {where} is {colour}{core}",
-            ] * 2
+            name = f"the {item.shape}"
+            ways += [f"{name} is {colour}{core} {where}", f"{name} {where} is {colour}{core}"] * 2
         if sum(item.color in (other.color, other.inner) for other in scene.objects) == 1:
             ways.append(f"the {colour} object is {with_article(item.shape)}{core} {where}")
         told.append(rng.choice(ways or [f"{where} is {with_article(name_of(item))}"]))
@@ -107,10 +103,10 @@ def unseen_question(index, seed=0):
 
 def fact(rng):
     """A fact as a question and its answer: ("what colour is a lemon?", "yellow")."""
-    about = rng.choice(tuple(FACTS))
-    thing, value = rng.choice(tuple(FACTS[about].items()))
+    about = rng.choice(tuple(vocabulary.FACTS))
+    thing, value = rng.choice(tuple(vocabulary.FACTS[about].items()))
     if about == "color":
-        return rng.choice((f"what colour is {thing}?", f"what color is {thing}?")), value
+        return f"what {one_of(rng, 'colour|color')} is {thing}?", value
     if about == "shape":
         return f"what shape is {thing}?", with_article(value)
     owner, parts = thing

@@ -15,10 +15,10 @@ from functools import partial
 
 from toy import captions
 from toy import scene as world
-from toy.captions import LINES, draw_as_it_is, pair_name, wrapped
+from toy.captions import draw_as_it_is, pair_name, wrapped
 from toy.edits import EDITS, SHORT_EDITS, Choice, add, add_anywhere, change_group, move, replaced
 from toy.scene import Object, Pair, place_objects, random_pair
-from toy.words import RELATIONS, SIDES, WHERE, describe, refer, with_article
+from toy.words import RELATIONS, SIDES, WHERE, describe, one_of, refer, with_article
 
 
 def reconstruction(rng, least=1):
@@ -33,20 +33,24 @@ def painted(rng):
     return replace(draw_as_it_is("", scene, [scene]), hand=rng.randrange(1 << 30))
 
 
+def _plain_pairs(scene):
+    """(color, shape) of each object of one colour."""
+    return {(o.color, o.shape) for o in scene.objects if o.pattern == "plain"}
+
+
 def edit(rng, least=1):
     """A picture and "make the star green": all that is not named stays. `least`: fewest objects."""
-    make_edit = EDITS[rng.choice(tuple(EDITS))]
+    make_edit = rng.choice(EDITS)
     while True:
         scene = world.random_scene(rng, least=least)
-        item = scene.objects[rng.randrange(len(scene.objects))]
-        free = world.free_places(scene)
+        item = rng.choice(scene.objects)
+        taken = {world.place_of(other) for other in scene.objects}
+        layout = world.LAYOUTS[world.layout_of(scene)]
+        free = [place for place in layout.places if place not in taken]
         choice = Choice(scene, item, refer(rng, scene, item), random_pair(rng), free)
         edited = make_edit(rng, choice)
-        if edited is not None:
-            words, target = edited
-            pairs = {(o.color, o.shape) for o in target.objects if o.pattern == "plain"}
-            if not pairs & world.HELD_OUT:
-                return draw_as_it_is(words, target, [scene], exact=True)
+        if edited is not None and not world.HELD_OUT & _plain_pairs(edited[1]):
+            return draw_as_it_is(*edited, [scene], exact=True)
 
 
 def free_edit(rng):
@@ -81,23 +85,18 @@ def first_edit(rng, makers):
             scene = replace(scene, objects=objects)
         item = rng.choice(scene.objects)
         edited = make_edit(rng, Choice(scene, item, refer(rng, scene, item), random_pair(rng), ()))
-        if edited is None:
+        if edited is None or not edited[1].objects:
             continue
         words, target = edited
-        pairs = {(o.color, o.shape) for o in (*scene.objects, *target.objects)}
-        if target.objects and not pairs & world.HELD_OUT:
-            return replace(draw_as_it_is(words, target, [scene]), goal=_open_goal(scene, target))
-
-
-def _open_goal(before, after):
-    """The goal to show the objects of a scene, at their places if none of them was to move."""
-    goal = world.goal_of(after)
-    if len(before.objects) == len(after.objects) and {(o.x, o.y) for o in before.objects} == {
-        (o.x, o.y) for o in after.objects
-    }:
-        return goal
-    objects = tuple(replace(wanted, place=None) for wanted in goal.objects)
-    return replace(goal, objects=objects)
+        if world.HELD_OUT & (_plain_pairs(scene) | _plain_pairs(target)):
+            continue
+        made = draw_as_it_is(words, target, [scene])
+        # Only where none of the objects was to move are they asked for at their places.
+        before, after = (sorted((o.x, o.y) for o in s.objects) for s in (scene, target))
+        if before == after:
+            return made
+        objects = tuple(replace(wanted, place=None) for wanted in made.goal.objects)
+        return replace(made, goal=replace(made.goal, objects=objects))
 
 
 def free_dense(rng):
@@ -114,26 +113,25 @@ def subjects(rng, number):
     """
     items = []
     for _ in range(number):
-        color, shape = random_pair(rng)
-        item = Object(shape, color)
+        pair = random_pair(rng)
+        item = Object(pair.shape, pair.color)
         two_colours = rng.random() <= (0.7 if number < 3 else 0)
         items.append(world.two_coloured(rng, item) if two_colours else item)
     grounds = [rng.choice(tuple(world.BACKGROUNDS)) for _ in items]
     sources = []
     for item, ground in zip(items, grounds, strict=True):
         sources.append(place_objects(rng, [item], background=ground))
-    it = rng.choice(("the same object", "this object", "it"))
+    it = one_of(rng, "the same object|this object|it")
     other = random_pair(rng, taken=[(item.color, item.shape) for item in items])
     relation = rng.choice(tuple(RELATIONS))
-    related = {"layout": LINES[SIDES[relation][0]], "places": SIDES[relation]}
+    related = {"places": SIDES[relation]}
     arrangement = {}  # arguments of place_objects: by default the layout of so many objects
     case = rng.randrange(5) if number == 1 else None
 
     if number == 3:
-        words = rng.choice(("all three objects together", "the three objects in one picture"))
+        words = one_of(rng, "all three objects together|the three objects in one picture")
     elif number == 2:
-        ways = ("both objects side by side", "both objects", "the first object {} the second")
-        words = rng.choice(ways)
+        words = one_of(rng, "both objects side by side|both objects|the first object {} the second")
         if "{}" in words:
             words = words.format(rng.choice(RELATIONS[relation]))
             arrangement = related
@@ -142,16 +140,16 @@ def subjects(rng, number):
         items.append(other)
         arrangement = related
     elif case == 2:
-        words = rng.choice(("two of this object", "this object twice", "two copies of it"))
+        words = one_of(rng, "two of this object|this object twice|two copies of it")
         items = items * 2
     elif case == 3:
         ground = rng.choice([name for name in world.BACKGROUNDS if name != grounds[0]])
         words = f"{it} on a {ground} background"
         arrangement = {"background": ground}
     else:
-        place = rng.choice(tuple(LINES))
+        place = one_of(rng, "left|right|top|bottom")
         words = f"{it} {WHERE[place]}"
-        arrangement = {"layout": LINES[place], "places": [place]}
+        arrangement = {"layout": "row", "places": [place]}
     return draw_as_it_is(words, place_objects(rng, items, **arrangement), sources)
 
 
@@ -161,14 +159,15 @@ def association(rng):
     Paper section 5.4, Figure 8. What is missing: the fourth pair of two colours and two shapes.
     """
     first, second = random_pair(rng), random_pair(rng)
-    case = rng.choice(("more", "fewer", "missing", "odd"))
+    case = one_of(rng, "more|fewer|missing|odd")
     if case in ("more", "fewer"):
         number = rng.randint(1, 3)
         counts = (number, number + 1) if case == "more" else (number + 1, number)
         source, target = (place_objects(rng, [first] * count) for count in counts)
-        more = ("one more of these", "one more", "add another one")
-        fewer = ("one fewer of these", "one less", "take one away")
-        return draw_as_it_is(rng.choice(more if case == "more" else fewer), target, [source])
+        words = "one fewer of these|one less|take one away"
+        if case == "more":
+            words = "one more of these|one more|add another one"
+        return draw_as_it_is(one_of(rng, words), target, [source])
     grid = [Pair(c, s) for c in (first.color, second.color) for s in (first.shape, second.shape)]
 
     if case == "missing":
@@ -177,7 +176,7 @@ def association(rng):
         rng.shuffle(grid)
         answer = grid[3]
         source = place_objects(rng, grid[:3], "corners")
-        ways = ("the shape with the missing colour", "the missing object", "what is missing here")
+        words = "the shape with the missing colour|the missing object|what is missing here"
     else:
         if first == second:
             return association(rng)
@@ -185,8 +184,8 @@ def association(rng):
         pairs = [first] * (rng.choice((3, 4)) - 1) + [second]
         rng.shuffle(pairs)
         source = place_objects(rng, pairs)
-        ways = ("the odd one out", "only the one that is different", "the one that does not belong")
-    return draw_as_it_is(rng.choice(ways), place_objects(rng, [answer]), [source])
+        words = "the odd one out|only the one that is different|the one that does not belong"
+    return draw_as_it_is(one_of(rng, words), place_objects(rng, [answer]), [source])
 
 
 # "crowded" has two objects or more, "very crowded" three or four: chance makes too few of them.

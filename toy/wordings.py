@@ -12,77 +12,61 @@ text: the benchmark asks with them alone.
 import random
 import re
 
+from toy.words import ways
+
 
 def words_in(text):
     """The words and numbers of a text, in lower case: a set."""
     return set(re.findall(r"\w+", text.lower().replace("'s", "")))
 
 
-OPENINGS = ("", "", "", "", "please ", "hi, ", "hello! ", "hey, ", "now ", "ok, ", "could you ")
-OPENINGS += ("can you ", "would you ", "could you please ", "can you please ", "i want you to ")
-OPENINGS += ("i would like you to ", "i'd like you to ", "let's ", "try to ", "your task is to ")
-OPENINGS += ("would you mind to ", "go ahead and ", "be so kind and ", "help me: ", "just ")
-OPENINGS += ("my teacher asked me to ", "you should ", "we need to ", "so, ", "next, ")
-VERBS = ("draw", "draw", "draw me", "paint", "paint me", "make", "make me", "create", "generate")
-VERBS += ("generate", "show", "show me", "give me", "produce", "design", "render", "print", "do")
-VERBS += ("draw us", "come up with", "put together", "get me", "compose", "display", "output")
-PICTURES = ("", "", "", "", "", "a picture of ", "an image of ", "a photo of ", "a drawing of ")
-PICTURES += ("a painting of ", "the image of ", "a picture showing ", "an image with ", "art of ")
-PICTURES += ("a picture with ", "one picture of ", "a small picture of ", "a scene with ")
-PICTURES += ("a graphic of ", "a picture that shows ", "a simple drawing of ", "a photograph of ")
-ENDINGS = ("", "", "", "", "", " please", ", please", " for me", " for me please", ", thanks")
-ENDINGS += (", thank you", " for my friend", " for my daughter", " if you can", " in the picture")
-ENDINGS += (" today", " for school", " on my page", ", it is for a card", ", i like it simple")
-ENDINGS += (" with clean edges", " as well as you can", " in a simple style", ", nothing fancy")
+OPENINGS = ways("""||||please |hi, |hello! |hey, |now |ok, |could you |can you |would you |
+could you please |can you please |i want you to |i would like you to |i'd like you to |let's |
+try to |your task is to |would you mind to |go ahead and |be so kind and |help me: |just |
+my teacher asked me to |you should |we need to |so, |next, """)
+VERBS = ways("""draw|draw|draw me|paint|paint me|make|make me|create|generate|generate|show|show me|
+give me|produce|design|render|print|do|draw us|come up with|put together|get me|compose|display|
+output""")
+PICTURES = ways("""|||||a picture of |an image of |a photo of |a drawing of |a painting of |
+the image of |a picture showing |an image with |art of |a picture with |one picture of |
+a small picture of |a scene with |a graphic of |a picture that shows |a simple drawing of |
+a photograph of """)
+ENDINGS = ways("""||||| please|, please| for me| for me please|, thanks|, thank you| for my friend|
+ for my daughter| if you can| in the picture| today| for school| on my page|, it is for a card|
+, i like it simple| with clean edges| as well as you can| in a simple style|, nothing fancy""")
 # Ways that are no order: names of what is wanted, wishes, statements and questions.
-OTHER_WAYS = ("{}", "{}", "{}", "{}", "i want {}", "i want to see {}", "i would like {}")
-OTHER_WAYS += ("i need {}", "i need a picture of {}", "i'd like to see {}", "there is {}")
-OTHER_WAYS += ("there should be {}", "the picture shows {}", "a picture of {}", "an image of {}")
-OTHER_WAYS += ("a photo of {}", "a drawing of {}", "this is {}", "imagine {}", "think of {}")
-OTHER_WAYS += ("what does {} look like?", "how about {}?", "how would {} look?", "can i have {}?")
-OTHER_WAYS += ("could i have {}?", "could i see {}?", "do you have {}?", "can i get {}?")
-OTHER_WAYS += ("{} would be nice", "{}, that is what i want", "here is what i want: {}")
-OTHER_WAYS += ("my favourite thing is {}. draw it", "i was thinking of {}", "we want {} here")
-OTHER_WAYS += ("picture this: {}", "all i want is {}", "the prompt is: {}", "title: {}")
-OTHER_WAYS += ("yesterday i saw {}. can you draw it?", "a nice picture with {} in it")
-OTHER_WAYS += ("{} and that's it", "once again {}", "may we see {}", "let there be {}")
+OTHER_WAYS = ways("""{}|{}|{}|{}|i want {}|i want to see {}|i would like {}|i need {}|
+i need a picture of {}|i'd like to see {}|there is {}|there should be {}|the picture shows {}|
+a picture of {}|an image of {}|a photo of {}|a drawing of {}|this is {}|imagine {}|think of {}|
+what does {} look like?|how about {}?|how would {} look?|can i have {}?|could i have {}?|
+could i see {}?|do you have {}?|can i get {}?|{} would be nice|{}, that is what i want|
+here is what i want: {}|my favourite thing is {}. draw it|i was thinking of {}|we want {} here|
+picture this: {}|all i want is {}|the prompt is: {}|title: {}|yesterday i saw {}. can you draw it?|
+a nice picture with {} in it|{} and that's it|once again {}|may we see {}|let there be {}""")
+UNSEEN_WAYS = ways("""quickly sketch {}, will you?|illustrate {}|kindly depict {} for us|i fancy {}|
+any chance of {}?|might you portray {}?|it must contain {}|an illustration of {}|
+a cartoon of {} for grandma|i wish i could see {}|what i'm after is {}|bring me {} right away!|
+time for {}|visualize {}|my boss demands {} by noon|here goes: {}|wallpaper featuring {}|
+would love {}|surprise everybody with {}|may i ask for {}, sir?|you know what would be great? {}!|
+an icon with {} on it|a sticker of {}|sorry to bother you, but could you whip up {}?|logo: {}|
+exhibit {} clearly""")
 
-UNSEEN_WAYS = ("quickly sketch {}, will you?", "illustrate {}", "kindly depict {} for us")
-UNSEEN_WAYS += ("i fancy {}", "any chance of {}?", "might you portray {}?", "it must contain {}")
-UNSEEN_WAYS += ("an illustration of {}", "a cartoon of {} for grandma", "i wish i could see {}")
-UNSEEN_WAYS += ("what i'm after is {}", "bring me {} right away!", "time for {}", "visualize {}")
-UNSEEN_WAYS += ("my boss demands {} by noon", "here goes: {}", "wallpaper featuring {}")
-UNSEEN_WAYS += ("would love {}", "surprise everybody with {}", "may i ask for {}, sir?")
-UNSEEN_WAYS += ("you know what would be great? {}!", "an icon with {} on it", "a sticker of {}")
-UNSEEN_WAYS += ("sorry to bother you, but could you whip up {}?", "logo: {}", "exhibit {} clearly")
-
-DESCRIBING = ("big", "large", "small", "little", "nice", "bright", "simple", "solid", "lovely")
-DESCRIBING += ("beautiful", "plain", "perfect", "flat", "cute", "clean", "regular", "pretty")
+DESCRIBING = ways("""big|large|small|little|nice|bright|simple|solid|lovely|beautiful|plain|perfect|
+flat|cute|clean|regular|pretty""")
 AMOUNTS = {
     1: ("a single", "one", "just one", "exactly one", "1", "the", ""),
     2: ("two", "two", "2", "a pair of", "a couple of", "exactly two", "two identical"),
     3: ("three", "three", "3", "a trio of", "a group of three", "exactly three", "three equal"),
     4: ("four", "four", "4", "a set of four", "a group of four", "exactly four", "four equal"),
 }
-JOINTS = ("and", "and", "and", "and also", "plus", "with", "as well as", "together with")
-JOINTS += (
-    "along with",
-    "next to",
-    "beside",
-    "and then",
-    "and there is also",
-    "&",
-    "accompanied by",
-)
-GROUNDS = (" on a {} background", " on a {} background", " on {}", " against a {} background")
-GROUNDS += (" with a {} background", " in front of a {} background", ", {} background")
-GROUNDS += (". the background is {}", ", and the background should be {}", " on a {} canvas")
-ONLY = ("only {}", "just {}", "{} and nothing else", "{}, nothing else", "nothing but {}")
-ONLY += ("no {other}, just {}", "{} without any {other}", "{}, no {other}", "{} but no {other}")
-TYPING_SLIPS = 0.1  # share of the requests with one
-MADE_UP_WAYS = 0.5  # share of the requests to train on
+JOINTS = ways("""and|and|and|and also|plus|with|as well as|together with|along with|next to|beside|
+and then|and there is also|&|accompanied by""")
+GROUNDS = ways(""" on a {} background| on a {} background| on {}| against a {} background|
+ with a {} background| in front of a {} background|, {} background|. the background is {}|
+, and the background should be {}| on a {} canvas""")
+ONLY = ways("""only {}|just {}|{} and nothing else|{}, nothing else|nothing but {}|
+no {other}, just {}|{} without any {other}|{}, no {other}|{} but no {other}""")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-VOWELS = "aeiou"
 
 UNSEEN_WORDS = words_in(" ".join(UNSEEN_WAYS))
 # Words around a phrase that leave what it asks for as it is.
@@ -96,7 +80,7 @@ def made_up_word(rng):
         syllables = rng.choice((1, 2, 2, 3, 4))
         word = ""
         for _ in range(syllables):
-            word += rng.choice(LETTERS) + rng.choice(VOWELS)
+            word += rng.choice(LETTERS) + rng.choice("aeiou")
             word += rng.choice(("", "", rng.choice(LETTERS)))
         if word not in UNSEEN_WORDS:
             return word
@@ -152,7 +136,7 @@ def typing_slip(rng, text):
 
 def written(rng, text):
     """A request as it may be typed: with a slip, in any case and punctuation."""
-    if rng.random() < TYPING_SLIPS:
+    if rng.random() < 0.1:
         text = typing_slip(rng, text)
     if text[-1].isalnum():
         ends = ("", "", "", ".", ".", "!", "...")
@@ -166,7 +150,7 @@ def ask(rng, phrase, unseen=False):
     way = rng.choice(UNSEEN_WAYS) if unseen else way_to_ask(rng)
     text = written(rng, way.format(phrase))
     own = random.Random(text)  # not rng: the benchmark's cases depend on how often it is used
-    if not unseen and own.random() < MADE_UP_WAYS:
+    if not unseen and own.random() < 0.5:
         make_way = altered_way if own.random() < 0.5 else made_up_way
         text = written(own, make_way(own).format(phrase))
     return text
