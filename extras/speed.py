@@ -191,7 +191,9 @@ def print_steps(model, share, with_image, args, device, dtype):
         if share < 1:  # the VAE has all its layers
             encoded = encoding * (way in (PLAIN, OURS))
             full[way] = encoded + (median(times[way]) - encoded) / share
-            row += f"; with all layers about {full[PLAIN] / full[way]:.2f}, {full[way]:.1f} s"
+            if min(full[PLAIN], full[way]) > 0:  # times too noisy for it are not scaled
+                ratio = full[PLAIN] / full[way]
+                row += f"; with all layers about {ratio:.2f}, {full[way]:.1f} s"
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             row += f", {host_syncs(run)} syncs"
