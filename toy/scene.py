@@ -440,6 +440,7 @@ def edit_score(picture, edit):
         any(max(abs(item.x - o.x), abs(item.y - o.y)) <= 8 for o in old | new)
         for item in seen.objects
     ]
+
     changed = new - old <= shown and not (old - new) & shown
     kept = clear and old & new <= shown and all(near)
     right_background = seen.background == after.background

@@ -83,6 +83,7 @@ def first_edit(rng, makers):
             alike = rng.choice(({"color": color, "shape": shape}, {"shape": shape}))
             objects = tuple(replace(item, **alike) for item in scene.objects)
             scene = replace(scene, objects=objects)
+
         item = rng.choice(scene.objects)
         edited = make_edit(rng, Choice(scene, item, refer(rng, scene, item), random_pair(rng), ()))
         if edited is None or not edited[1].objects:
@@ -90,6 +91,7 @@ def first_edit(rng, makers):
         words, target = edited
         if world.HELD_OUT & (_plain_pairs(scene) | _plain_pairs(target)):
             continue
+
         made = draw_as_it_is(words, target, [scene])
         # Only where none of the objects was to move are they asked for at their places.
         before, after = (sorted((o.x, o.y) for o in s.objects) for s in (scene, target))
