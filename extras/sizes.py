@@ -21,7 +21,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers.hf_argparser import string_to_bool
 
-from cli import bounded, errors_in_one_line, set_up
+from cli import bounded, errors_in_one_line, fail, set_up
 from extras.architectures import build
 from metaquery import MetaQueryConfig
 from training.attention import checkpoint_layers
@@ -130,6 +130,8 @@ def main():
     add("--shard", **switch, help="as of train.py")
     add("--shard-frozen", **switch, help="as of train.py")
     args = parser.parse_args()
+    if args.shard and args.processes == 1:
+        fail("--shard true splits over several processes: give --processes of at least 2.")
 
     with errors_in_one_line():
         changes = {name: value for name, value in vars(args).items() if name in names}

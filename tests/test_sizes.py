@@ -186,6 +186,7 @@ def test_the_command_tells_what_fits(monkeypatch, capsys, handlers_restored):
         (["--mllm", "nobody/nothing"], "nobody/nothing.*--mllm"),
         (["base", "--diffusion", "nobody/nothing"], "nobody/nothing.*--diffusion"),
         (["base", "--processes", "0"], "--processes"),
+        (["base", "--shard", "true"], "give --processes of at least 2"),
     ],
 )
 def test_bad_flags_are_one_line(flags, words, monkeypatch, capsys, handlers_restored):

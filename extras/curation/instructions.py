@@ -31,8 +31,8 @@ The prompt must not name:
 - the words "target", "source" or "caption".
 Answer with the prompt alone, in one sentence, such as: The same dog asleep beside a warm stove."""
 ANSWER_TOKENS = 100
-MAX_WORDS = 60  # of a prompt
-MAX_CHARACTERS = 600  # of a row's captions, so that they are less than MAX_PROMPT_TOKENS
+MAX_WORDS = 60  # a longer prompt is dropped
+MAX_CHARACTERS = 600  # a row's captions are cut here: less than MAX_PROMPT_TOKENS
 FORBIDDEN = {"target", "source", "sources", "caption", "captions"}
 
 
