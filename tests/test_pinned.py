@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from extras.toy_parts.conversations import TALKS, talks
 from metaquery import MetaQuery
 from sample import grid
-from toy.talk import TALKS, talks
 from toy.tasks import FIRST_EDITS, KINDS, TEXT_KINDS, task
 
 PICTURES = Path(__file__).parent / "pinned.png"

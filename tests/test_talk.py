@@ -3,8 +3,9 @@
 import random
 from collections import Counter
 
+from extras.toy_parts.conversations import TALKS, talks
 from toy.scene import HELD_OUT, random_scene
-from toy.talk import TALKS, question, talks, unseen_question
+from toy.talk import question, unseen_question
 from toy.tasks import TEXT_KINDS, task
 from toy.wordings import UNSEEN_WORDS, made_up_word, words_in
 

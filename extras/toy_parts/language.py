@@ -20,6 +20,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from extras.toy_parts.conversations import TALKS, talks
 from extras.toy_parts.fit import fit
 from extras.toy_parts.vision import (
     EYE_WORDS,
@@ -32,7 +33,7 @@ from extras.toy_parts.vision import (
 )
 from metaquery import SYSTEM_PROMPT, to_device
 from toy.scene import Scene, random_scene, render
-from toy.talk import TALKS, Talk, question, talks
+from toy.talk import Talk, question
 from toy.tasks import FIRST_EDITS, task
 from toy.words import describe
 
