@@ -49,9 +49,8 @@ class Plain(MetaQuery):
         return self.connector(hidden.to(self.queries.dtype)), None
 
 
-def random_model(size, layers, device, dtype):
+def random_model(config, layers, device, dtype):
     """(MetaQuery of random weights, the share of its layers that it has)."""
-    config = MetaQueryConfig.preset(size)
     all_layers = mllm_config(config.mllm).get_text_config().num_hidden_layers
     share = min(1.0, (layers or all_layers) / all_layers)
     torch.manual_seed(0)
@@ -83,6 +82,11 @@ def random_inputs(model, samples, with_image):
         inputs["pixel_values"] = torch.randn(samples, 2, 3, pixels, pixels)
         inputs["image_sizes"] = torch.full((samples, 2), pixels)
         inputs["batch_num_images"] = torch.ones(samples, dtype=torch.long)
+    elif with_image and config.model_type == "internvl":
+        vision = config.vision_config
+        side = int(vision.image_size[0] // vision.patch_size[0] * config.downsample_ratio)
+        ids = torch.cat([torch.full((samples, side * side), config.image_token_id), ids], 1)
+        inputs["pixel_values"] = torch.randn(samples, 3, *vision.image_size)
     elif with_image:  # Qwen2.5-VL: 504 x 504 pixels are 36 x 36 patches, 18 x 18 tokens
         image = torch.full((samples, 326), config.image_token_id)
         image[:, 0], image[:, -1] = config.vision_start_token_id, config.vision_end_token_id
@@ -233,6 +237,17 @@ def print_image(model, args, device, dtype):
     print(f"encoding prompts {encoding:.3f} s, SanaPipeline of encoded prompts {theirs:.3f} s")
     print(f"{(ours - encoding) / theirs:5.2f}  ours without encoding, over SanaPipeline")
 
+    if device.type == "cuda":
+        for way in ("all parts on the GPU", "--offload"):
+            if way == "--offload":
+                model.offload_to(device)
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            began = time.perf_counter()
+            runs["ours"]()
+            seconds, peak = time.perf_counter() - began, torch.cuda.max_memory_allocated() / 1e9
+            print(f"{way}: {seconds:.2f} s, {peak:.1f} GB")
+
 
 def processor_name():
     """The name of the CPU, for example "AMD EPYC"."""
@@ -249,6 +264,8 @@ def main():
     number = bounded(int, 1, 1000)
     add = parser.add_argument
     add("--size", choices=list(PRESETS), default="tiny", help="(tiny)")
+    add("--mllm", help="another, of extras/architectures.json or a folder")
+    add("--diffusion", help="another, likewise")
     add("--layers", type=number, help="of the MLLM; the other parts are cut alike (all)")
     add("--batch-size", type=number, default=2, help="samples a step (2)")
     add("--noises-per-sample", type=number, default=4, help="of the last row (4)")
@@ -261,7 +278,10 @@ def main():
     with errors_in_one_line():
         device = device_of(args.device)
         dtype, reason = choose_dtype(device, args.dtype)
-        model, share = random_model(args.size, args.layers, device, dtype)
+        parts = {"mllm": args.mllm, "diffusion": args.diffusion}
+        changes = {part: name for part, name in parts.items() if name}
+        config = MetaQueryConfig.preset(args.size, **changes)
+        model, share = random_model(config, args.layers, device, dtype)
         name = f"{processor_name()}, {torch.get_num_threads()} threads"
         if device.type == "cuda":
             name = torch.cuda.get_device_name(device)

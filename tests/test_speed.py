@@ -8,11 +8,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from extras import speed
+from metaquery import MetaQueryConfig
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("mllm", ["llava", "qwen-vl"])
+@pytest.mark.parametrize("mllm", ["llava", "qwen-vl", "internvl"])
 @pytest.mark.parametrize("with_image", [False, True])
 def test_the_plain_way_computes_the_same(build, mllm, with_image):
     """Loss and gradient of the queries, in float64, for the inputs that are measured."""
@@ -35,7 +36,7 @@ def test_the_plain_way_computes_the_same(build, mllm, with_image):
 
 def test_needed_flops_are_what_torch_counts_of_a_step():
     """Forward and backward of a whole step, less the VAE, within 3%."""
-    model, _ = speed.random_model("tiny", None, CPU, torch.float32)
+    model, _ = speed.random_model(MetaQueryConfig.preset("tiny"), None, CPU, torch.float32)
     model.mllm.get_decoder().set_attn_implementation("sdpa")
     inputs = speed.random_inputs(model, 1, with_image=True)
     targets = torch.zeros(1, 3, 64, 64)

@@ -255,14 +255,16 @@ def task(kind, index, seed=0, split="train"):
 # The tasks of each training stage of train.py, with weights. The last stage repeats all that came
 # before it, so that nothing is forgotten.
 MIXTURES = {
-    "pretrain": CAPTION_KINDS,
+    # Which side one object is on is learned last, so most captions say it.
+    "pretrain": CAPTION_KINDS | {"colors": 1, "two objects": 1, "counting": 4, "position": 16,
+                                 "attribution": 1},
     "reconstruct": {"reconstruction": 1},
     "mix": CAPTION_KINDS | {"reconstruction": sum(CAPTION_KINDS.values())},
     "edit": {"edit": 1},
     "instruct": {"reconstruction": 6, "crowded reconstruction": 10, "single object": 6,
                  "colors": 1, "two objects": 2, "counting": 3, "position": 3, "attribution": 3,
                  "dense": 3, "crowded dense": 8, "edit": 12, "crowded edit": 26, "one subject": 14,
-                 "two subjects": 16, "three subjects": 1, "association": 6,
+                 "two subjects": 16, "three subjects": 6, "association": 6,
                  "free wordings": 30, "two colours": 8, "free edit": 16, "free dense": 10,
                  "lists": 14, "nearest": 14, "plural edit": 16, "add anywhere": 16,
                  "short edit": 16, "painted": 8},

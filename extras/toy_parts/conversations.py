@@ -10,12 +10,12 @@ from toy.words import NUMBERS, WHERE, describe, name_of, one_of, with_article
 TALKS = {"a picture": 4, "five pictures": 4, "a question": 2, "five questions": 4}
 TALKS |= {"questions of one picture": 2, "prompts": 4, "facts": 0.6}
 # The kinds of task that the toy MLLM restates in plain words; a repeated kind is more likely.
-RESTATED_WITH_PICTURES = ("edit",) * 5 + ("one subject", "two subjects", "three subjects")
+RESTATED_WITH_PICTURES = ("edit",) * 5 + ("one subject", "two subjects", "three subjects") * 2
 RESTATED_WITH_PICTURES += ("association",) * 2 + ("free edit",) * 3 + ("crowded edit",) * 3
 RESTATED_WITH_PICTURES += ("very crowded edit",) * 6
 RESTATED_WITH_PICTURES += FIRST_EDITS * 4
 RESTATED_IN_WORDS = (*SIX_KINDS, *["dense"] * 3, *["knowledge"] * 5, "commonsense")
-RESTATED_IN_WORDS += ("free wordings",) * 8 + ("two colours",) * 2 + ("free dense",)
+RESTATED_IN_WORDS += ("free wordings",) * 16 + ("two colours",) * 2 + ("free dense",)
 RESTATED_IN_WORDS += ("lists", "nearest") * 6
 
 
