@@ -335,10 +335,7 @@ def make_page(model, args):
 
 def parse_arguments():
     """The flags of the command; exits if they are wrong or gradio is missing."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    cli.set_up(parser)
+    parser = cli.open_parser(__doc__)
     port = cli.bounded(int, 1, 65_535)
     parser.add_argument("--port", type=port, help="(the first free one from 7860)")
     add_generation_options(parser)

@@ -3,6 +3,7 @@
 It imports torch only where it is needed, so that --help and bad flags are answered at once.
 """
 
+import argparse
 import math
 import os
 import platform
@@ -72,6 +73,14 @@ def set_up(parser):
     warnings.showwarning = show_warning
     parser.error = fail
     parser.add_argument("--version", action="version", version=f"metaquery {VERSION}")
+
+
+def open_parser(text):
+    """An argparse parser, set up, whose --help begins with `text` as it is written."""
+    options = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser(description=text, **options)
+    set_up(parser)
+    return parser
 
 
 @contextmanager

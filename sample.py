@@ -249,10 +249,7 @@ def unchanged(model, prompt, sources, image):
 
 # ---- The command ---------------------------------------------------------------------
 def parse_arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    cli.set_up(parser)
+    parser = cli.open_parser(__doc__)
     add = parser.add_argument
     add("prompt", nargs="?", help='what to generate, in quotes; "" is unconditional')
     add("--image", action="append", default=[], dest="images", metavar="FILE",

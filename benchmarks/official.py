@@ -34,7 +34,6 @@ MLLM write them out, as sample.REWRITE asks. Verified here: each layout is read 
 rules in tests/test_official.py. Not verified: the scorers' own models, which need a download.
 """
 
-import argparse
 import json
 import os
 import re
@@ -353,10 +352,7 @@ def save(item, images, prompt, out):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    cli.set_up(parser)
+    parser = cli.open_parser(__doc__)
     add = parser.add_argument
     add("name", choices=OFFICIAL, help="which benchmark")
     add("--data", required=True, help="the benchmark's own prompts or images")

@@ -10,7 +10,6 @@ if every generated one has one. FID and LPIPS download the weights of their netw
 cannot be read are named and left out.
 """
 
-import argparse
 import sys
 from functools import partial
 from importlib.util import find_spec
@@ -105,10 +104,7 @@ def frechet_distance(generated, reference, size, device):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    cli.set_up(parser)
+    parser = cli.open_parser(__doc__)
     add = parser.add_argument
     add("generated", type=Path, metavar="OUT")
     add("reference", type=Path, metavar="REFERENCE")

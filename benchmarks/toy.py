@@ -11,7 +11,6 @@ images that the model itself generated; and first-contact prompts. An image of t
 nearest that this world has, or misleading: neither of them, and not what the MLLM says it drew.
 """
 
-import argparse
 import json
 import random
 import re
@@ -218,10 +217,7 @@ def run(model, args):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    cli.set_up(parser)
+    parser = cli.open_parser(__doc__)
     add = parser.add_argument
     add("--limit", type=cli.bounded(int, 1, 10**6), default=50, help="cases of each kind (50)")
     add("--json", metavar="FILE", help="also write the values as JSON")

@@ -8,7 +8,6 @@ What is measured so is a run's time and memory, not what it learns. The folders 
 layout. The tokenizer is the toy's, so captions are short; the images are 512 pixels a side.
 """
 
-import argparse
 import io
 import tarfile
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer
 
-from cli import bounded, check_writable, device_of, errors_in_one_line, set_up
+from cli import bounded, check_writable, device_of, errors_in_one_line, open_parser
 from extras.architectures import build
 from metaquery import PRESETS, TINY, MetaQueryConfig
 from toy.tasks import task
@@ -62,10 +61,7 @@ def write_images(count, out):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    set_up(parser)
+    parser = open_parser(__doc__)
     add = parser.add_argument
     add("size", choices=list(PRESETS), help="whose parts")
     add("--out", default="runs/random", help="their folder (runs/random)")

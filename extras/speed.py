@@ -10,7 +10,6 @@ AdamW; the ways take turns. A row begins with the plain way's time over its own:
 most of all turns. Several noise levels count as so many samples.
 """
 
-import argparse
 import platform
 import tempfile
 import time
@@ -25,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoProcessor
 
-from cli import DTYPES, bounded, choose_dtype, device_of, errors_in_one_line, set_up
+from cli import DTYPES, bounded, choose_dtype, device_of, errors_in_one_line, open_parser
 from extras.architectures import build, mllm_config
 from metaquery import PRESETS, TINY, MetaQuery, MetaQueryConfig, to_device
 from notebooks.plain import one_pass
@@ -257,10 +256,7 @@ def processor_name():
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    set_up(parser)
+    parser = open_parser(__doc__)
     number = bounded(int, 1, 1000)
     add = parser.add_argument
     add("--size", choices=list(PRESETS), default="tiny", help="(tiny)")

@@ -98,7 +98,7 @@ def test_a_killed_run_resumes(tmp_path, flags):
     assert (tmp_path / "latest").exists()
 
     subprocess.run(command, **options, check=True, capture_output=True, timeout=300)
-    assert len(losses(tmp_path)) == 12 and (tmp_path / "latest").read_text() == "step-00000012"
+    assert len(losses(tmp_path)) == 12 and (tmp_path / "step-00000012").exists()
 
 
 def test_random_parts_and_images_train(tmp_path):

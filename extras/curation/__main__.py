@@ -19,7 +19,6 @@ Images are downloaded, or read from what img2dataset has saved, which is better 
 shows some of the rows. The same command resumes a run that was stopped, at any point.
 """
 
-import argparse
 import io
 import json
 import os
@@ -41,9 +40,7 @@ LINE = 20  # pixels of the height of a prompt
 
 def parse_flags(argv=None):
     """The command's flags; stops with one line if they are wrong."""
-    options = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    parser = argparse.ArgumentParser("extras.curation", description=__doc__, **options)
-    cli.set_up(parser)
+    parser = cli.open_parser(__doc__)
     add = parser.add_argument
     add("--data", required=True, help="mmc4's shards: a file or a folder")
     add("--out", required=True, metavar="DIR", help="the folder of the instruction data")

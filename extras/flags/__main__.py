@@ -9,11 +9,10 @@ countries whose capitals were held out, and the model's LLM for their names in t
 each question came to, and a .png beside it some generated flags, each left of the right one.
 """
 
-import argparse
 import json
 from itertools import chain, product
 
-from cli import bounded, check_writable, errors_in_one_line, set_up
+from cli import bounded, check_writable, errors_in_one_line, open_parser
 from extras.flags.flag_parts import make_flags
 from extras.flags.flag_scores import METRICS, cases_of, measure_flags
 from sample import add_generation_options, grid, load_model, save_image
@@ -22,10 +21,7 @@ SHOWN = 24  # questions whose images are saved
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    set_up(parser)
+    parser = open_parser(__doc__)
     add = parser.add_argument
     add("--data", default="runs/tables/flags", help="the folder of parts (runs/tables/flags)")
     add("--limit", type=bounded(int, 1, 10**6), default=80, help="questions of each sort (80)")

@@ -13,7 +13,6 @@ shares of right images or answers, but for "PSNR in dB", "training loss", "sampl
 and "saved parameters". The spread is the standard deviation over seeds (of a sample: n - 1).
 """
 
-import argparse
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cli import bounded, check_writable, errors_in_one_line, set_up
+from cli import bounded, check_writable, errors_in_one_line, open_parser
 from extras.tables.claims import TABLES
 from extras.tables.metrics import GENERATION, print_table, save_figure, summary
 from extras.tables.variants import PARTS, folder_of, frozen_digest, read_scores, score, train
@@ -73,10 +72,7 @@ def result_of(table, args):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    set_up(parser)
+    parser = open_parser(__doc__)
     number = bounded(int, 1, 10**6)
     add = parser.add_argument
     add("name", metavar="NAME", choices=list(TABLES), help=", ".join(TABLES))

@@ -13,7 +13,6 @@ real one; vision/ and llm/ are steps on the way. It takes hours: on one core the
 alone takes about two. Stopped at any time, the same command resumes.
 """
 
-import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from cli import bounded, check_writable, device_of, errors_in_one_line, fail, set_up
+from cli import bounded, check_writable, device_of, errors_in_one_line, fail, open_parser
 from extras.toy_parts.diffusion import train_diffusion, train_vae
 from extras.toy_parts.fit import Run
 from extras.toy_parts.language import train_llm, train_mllm
@@ -50,10 +49,7 @@ PARTS = {
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    set_up(parser)
+    parser = open_parser(__doc__)
     number = bounded(int, 1, 10**6)
     add = parser.add_argument
     add("--out", default="weights/new", help="the parts' folder (weights/new)")
