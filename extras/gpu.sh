@@ -8,16 +8,16 @@ cd "$(dirname "$0")/.."
 OUT=${OUT:-gpu} SIZE=${SIZE:-base}
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 mkdir -p "$OUT"
-large=large xlarge=xlarge batches="8 16 32 64" images=8000 train="--steps 60 --batch-size 128 --micro-batch-size 16 --workers 8"
+stop=150 large=large xlarge=xlarge batches="8 16 32 64" images=8000 train="--steps 60 --batch-size 128 --micro-batch-size 16 --workers 8"
 openuni="--mllm OpenGVLab/InternVL3-1B-hf --diffusion Efficient-Large-Model/Sana_600M_512px_diffusers"
 few=""
 if [ "$SIZE" = tiny ]; then
-  large=tiny xlarge=tiny batches=2 images=600 train="--steps 4 --batch-size 8 --workers 2" openuni=""
+  stop=20 large=tiny xlarge=tiny batches=2 images=600 train="--steps 60 --batch-size 8 --workers 2" openuni=""
   few="--repeats 1 --steps 2 --layers 2"
 fi
 
 note() {  # print a command, run it for at most 8 minutes, and keep what it prints
-  echo "+ $*" | tee -a "$OUT/$step.txt"
+  echo "+ $(date +%T) $*" | tee -a "$OUT/$step.txt"
   timeout 480 "$@" 2>&1 | tee -a "$OUT/$step.txt"
 }
 
@@ -27,9 +27,9 @@ images() { for size in $large $xlarge; do note python -m extras.speed --size "$s
 training() {
   note python -m extras.random_parts "$SIZE" --out "$OUT/random" --images "$images"
   run=(python train.py --size "$SIZE" --mllm "$OUT/random/mllm" --diffusion "$OUT/random/diffusion"
-    --data "$OUT/random/images" --streaming true --save-every 30 --out "$OUT/run" $train)
-  note "${run[@]}" --warmup 2
-  note "${run[@]}" --warmup 2 --steps 64  # resumes: how long until its first step?
+    --data "$OUT/random/images" --streaming true --save-every 30 --warmup 2 --out "$OUT/run" $train)
+  note timeout -s TERM "$stop" "${run[@]}"  # told to stop, it saves; the same command goes on
+  note "${run[@]}"
   tail -n 3 "$OUT/run/log.jsonl" | tee -a "$OUT/$step.txt"  # "waited": seconds for the loader
   rm -rf "$OUT/random" "$OUT/run"
 }
