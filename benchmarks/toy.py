@@ -28,69 +28,7 @@ from toy.tasks import FIRST_EDITS, PICTURE_KINDS, SIX_KINDS, TEXT_KINDS, task
 from toy.words import NUMBERS, describe
 
 SHOWN = 10  # cases of each kind in the grid of --out
-# What people type first | the images that are right | the nearest ones that this world has.
-FIRST_CONTACT = """
-the sun in the sky | | a yellow thing
-a smiling face | | a circle, or a yellow thing
-my dog | | a thing
-a cat sitting on a mat | | a thing, or two things
-two green hearts side by side | | two green things
-a house with a red roof | | a red thing, or a square, or a square and a triangle
-a stop sign | | a red thing
-an apple tree in spring | | a triangle, or a green thing, or a red thing
-a traffic light | | a thing, or three things
-a bunch of flowers | | a star, or two stars, or three stars, or four stars
-a snowman | | a thing, or two circles, or three circles
-the letter x | | a cross
-a plus sign in blue | a blue cross | a blue thing, or a cross
-one pizza slice | a triangle | a thing
-an old chess board | a square | a thing
-the wheel of a car | a circle | a thing
-a red ball next to a blue box | a red circle and a blue square | a red thing and a blue thing
-eight orange squares in a row | | four orange squares
-a hundred stars | | four stars, or two stars, or three stars
-a bunch of purple circles | | two purple circles, or three purple circles, or four purple circles
-ten little triangles | | four triangles
-a star which isn't blue at all | a non-blue star |
-any square, just not a red one | a non-red square |
-a completely empty page | nothing |
-no circles, please | nothing | a thing
-red star; then blue circle | a red star and a blue circle |
-one red star. one blue circle. | a red star and a blue circle |
-a star, a circle, and a square, all of them red | a red star and a red circle and a red square |
-pink star / brown cross | a pink star and a brown cross |
-orange triangle vs purple diamond | an orange triangle and a purple diamond |
-a star and a square - both of them red | a red star and a red square |
-2 crosses: 1 red, 1 blue | a red cross and a blue cross |
-circles in red, green and blue | a red circle and a green circle and a blue circle |
-stars in yellow and in blue | a yellow star and a blue star |
-blue circle on top, red square at the bottom | a blue circle above a red square |
-green diamond to the right of yellow cross | a green diamond right of a yellow cross |
-YELLOW STAR!!! NOW!!! | a yellow star |
-blu circle | a blue circle |
-purpel triangle | a purple triangle |
-a cirle in green | a green circle |
-ein roter stern | a red star | a thing
-un círculo azul | a blue circle | a thing
-a circle the same colour as the sky | a blue circle |
-a banana-coloured star | a yellow star |
-a square as red as blood | a red square |
-something round and green | a green circle | a green thing
-something with three corners | a triangle | a thing
-a blue thing | a blue thing |
-hello there | | a thing
-testing 123 | | a thing, or two things, or three things
-surprise me | | a thing, or two things, or three things, or four things
-red!!! | a red thing |
-a big yellow star with a small blue circle | a yellow star and a blue circle |
-a tiny red cross inside a huge green square | | a red cross and a green square
-a grey triangle, please | | a triangle
-a white circle on black | | a circle on a black background
-black square, no frame | | a square
-golden star for the tree | a yellow star | a star
-a light blue circle | a blue circle |
-a dark red cross | a red cross |
-"""
+FIRST_CONTACT = Path(__file__).with_name("first_contact.txt")
 
 
 def goals_in(words):
@@ -175,8 +113,8 @@ def edits_of_generated(model, kind, args):
 
 def first_contact(model, args):
     """Shares of first-contact prompts: {"first contact right", "... nearest", "... misleading"}."""
-    lines = [line.split("|") for line in FIRST_CONTACT.strip().splitlines()][: args.limit]
-    lines = [[cell.strip() for cell in line] for line in lines]
+    rows = FIRST_CONTACT.read_text(encoding="utf-8").splitlines()[1:]
+    lines = [[cell.strip() for cell in row.split("|")] for row in rows][: args.limit]
     results = draw(model, [(prompt, []) for prompt, _, _ in lines], args, num_images=1)
     counts = {"right": 0, "nearest": 0, "misleading": 0}
 
