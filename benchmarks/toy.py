@@ -24,7 +24,7 @@ import cli
 from sample import add_generation_options, generate, grid, load_model, restate, save_image
 from toy.scene import COLORS, SHAPES, SIZE, Goal, GoalObject, edit_score, goal_of, score
 from toy.talk import unseen_question
-from toy.tasks import FIRST_EDITS, PICTURE_KINDS, SIX_KINDS, TEXT_KINDS, task
+from toy.tasks import FIRST_EDITS, IMAGE_KINDS, SIX_KINDS, TEXT_KINDS, task
 from toy.words import NUMBERS, describe
 
 SHOWN = 10  # cases of each kind in the grid of --out
@@ -63,7 +63,7 @@ def scores(kind, pairs):
         values["edit changed"] = [changed for changed, _ in parts]
         values["edit kept"] = [kept for _, kept in parts]
     if kind == "reconstruction":
-        off = [np.asarray(p, float) - np.asarray(task.picture, float) for p, task in pairs]
+        off = [np.asarray(p, float) - np.asarray(task.target_image, float) for p, task in pairs]
         values["PSNR in dB"] = [10 * np.log10(255**2 / max(1e-6, (d**2).mean())) for d in off]
     return {name: float(np.mean(value)) for name, value in values.items()}
 
@@ -134,7 +134,7 @@ def run(model, args):
     table, shown = {}, []
     kinds = TEXT_KINDS
     if model.format.takes_images:
-        kinds = (*TEXT_KINDS, *PICTURE_KINDS)
+        kinds = (*TEXT_KINDS, *IMAGE_KINDS)
 
     for kind in tqdm(kinds, "kinds"):
         tasks = [task(kind, i, args.seed, "test") for i in range(args.limit)]
@@ -187,7 +187,7 @@ def main():
     if args.json:
         names = ("seed", "steps", "guidance", "image_guidance", "dtype")
         settings = {name: getattr(args, name) for name in names}
-        result = {"scores": table, "pictures_per_kind": cases} | settings
+        result = {"scores": table, "images_per_kind": cases} | settings
         Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
     if args.out:
         save_image(grid(shown, 20), args.out)

@@ -1,1 +1,1 @@
-"""Real data: pictures, datasets, batches, and what each stage draws."""
+"""Real data: images, datasets, batches, and what each stage draws."""

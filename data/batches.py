@@ -59,7 +59,7 @@ class ToyTasks:
     def __getitem__(self, index):
         kind = random.Random(f"{self.seed} {index}").choices(self.kinds, self.weights)[0]
         chosen = task(kind, index, self.seed)
-        return Row(chosen.prompt, chosen.images, chosen.picture, index)
+        return Row(chosen.prompt, chosen.images, chosen.target_image, index)
 
 
 def noise_of(index, shape, seed, count):

@@ -42,7 +42,7 @@ def test_two_thousand_samples():
 def test_five_hundred_conversations():
     rng, sorts = random.Random("pinned"), list(TALKS)
     turns = [turn for i in range(500) for turn in talks(rng, sorts[i % len(sorts)])]
-    assert digest(map(astuple, turns)) == "a7990ab53ef06425"
+    assert digest(map(astuple, turns)) == "f55a42099ea361f3"
 
 
 def drawn():

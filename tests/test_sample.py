@@ -107,7 +107,7 @@ def test_images_in_become_right_images(tiny, kind, share):
 def test_the_shipped_vae_is_read_after_it(tiny):
     """The scorer still reads 99% of the toy VAE's reconstructions."""
     tasks = [task(kind, i, split="test") for kind in (*SIX_KINDS, "dense") for i in range(30)]
-    pixels = to_pixels([t.picture for t in tasks], tiny.resolution)
+    pixels = to_pixels([t.target_image for t in tasks], tiny.resolution)
     images = tiny.decode_latents(tiny.encode_latents(pixels))
     right = [score(image, t.goal) for image, t in zip(images, tasks, strict=True)]
     assert sum(right) >= 0.99 * len(tasks)

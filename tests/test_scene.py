@@ -109,7 +109,7 @@ def test_objects_are_large_and_inside_the_picture():
 def test_edit_score_tells_change_from_what_is_kept():
     made = [task("edit", i, split="test") for i in range(60)]
     for s in made:
-        assert edit_score(s.picture, s) == (True, True)
+        assert edit_score(s.target_image, s) == (True, True)
         changed, kept = edit_score(s.images[0], s)
         assert not changed and kept, (s.prompt, "the untouched picture keeps all, changes nothing")
     loses = [s for s in made if set(s.target.objects) & set(s.sources[0].objects)]

@@ -4,7 +4,7 @@ import pytest
 
 from toy.edits import make_room
 from toy.scene import LAYOUTS, PLACES, place_of, render, satisfies, score
-from toy.tasks import EDITS, FIRST_EDITS, KINDS, PICTURE_KINDS, SIX_KINDS, TEXT_KINDS, task
+from toy.tasks import EDITS, FIRST_EDITS, IMAGE_KINDS, KINDS, SIX_KINDS, TEXT_KINDS, task
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +15,7 @@ def tasks():
 def test_scorer_accepts_ground_truth(tasks):
     """At least 99.5% of right pictures are accepted."""
     made = [s for group in tasks.values() for s in group]
-    wrong = [s for s in made if not score(s.picture, s.goal)]
+    wrong = [s for s in made if not score(s.target_image, s.goal)]
     assert len(wrong) <= 0.005 * len(made), [s.prompt for s in wrong]
 
 
@@ -28,13 +28,13 @@ def test_scorer_rejects_other_scenes(tasks):
         if not satisfies(other.target, s.goal)
     ]
     assert len(pairs) > 400
-    assert sum(score(other.picture, s.goal) for s, other in pairs) <= 0.005 * len(pairs)
+    assert sum(score(other.target_image, s.goal) for s, other in pairs) <= 0.005 * len(pairs)
 
 
 def test_a_task_is_its_seed_and_index():
     for kind in KINDS:
         first, again = task(kind, 123456789, 5), task(kind, 123456789, 5)
-        assert first == again and first.picture.tobytes() == again.picture.tobytes()
+        assert first == again and first.target_image.tobytes() == again.target_image.tobytes()
         assert len({task(kind, i, 5).target for i in range(20)}) > 10
 
 
@@ -85,11 +85,11 @@ def test_edits_change_what_they_say_and_keep_the_rest(tasks):
     assert len({s.prompt.split()[0] for s in made}) >= len(EDITS)
 
 
-@pytest.mark.parametrize("kind", PICTURE_KINDS)
+@pytest.mark.parametrize("kind", IMAGE_KINDS)
 def test_picture_kinds_are_scored_exactly(kind):
     """Right pictures pass and those of other tasks of the kind do not."""
     made = [task(kind, i, split="test") for i in range(60)]
-    assert sum(score(s.picture, s.goal) for s in made) >= 0.99 * len(made)
+    assert sum(score(s.target_image, s.goal) for s in made) >= 0.99 * len(made)
     wrong = [
         score(render(made[i - 1].target), s.goal)
         for i, s in enumerate(made)
@@ -115,7 +115,7 @@ def test_edits_are_of_every_kind_and_change_something():
 def test_first_edits_are_true(kind):
     """They are scored exactly, and what they do not name stays as it is."""
     made = [task(kind, i, split="test") for i in range(60)]
-    assert sum(score(s.picture, s.goal) for s in made) >= 0.99 * len(made)
+    assert sum(score(s.target_image, s.goal) for s in made) >= 0.99 * len(made)
     for s in made:
         before, after = s.sources[0], s.target
         if kind == "plural edit":
@@ -128,7 +128,7 @@ def test_first_edits_are_true(kind):
             assert stays == [(o.color, o.shape) for o in after.objects[:-1]]
             assert f"{after.objects[-1].color} {after.objects[-1].shape}" in s.prompt
         if "bigger" in s.prompt or "rotate" in s.prompt:
-            assert not score(s.picture, s.goal) or after == before
+            assert not score(s.target_image, s.goal) or after == before
 
 
 def test_room_is_made_by_moving_as_little_as_can_be():

@@ -1,1 +1,1 @@
-"""The toy world: small pictures of coloured shapes, on which every claim can be checked exactly."""
+"""The toy world: small images of coloured shapes, on which every claim can be checked exactly."""

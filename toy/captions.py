@@ -1,4 +1,4 @@
-"""Tasks from words alone: what a task is, and the makers of those without source pictures.
+"""Tasks from words alone: what a task is, and the makers of those without source images.
 
 A maker takes a random generator and returns a `Task`; toy/tasks.py names them all.
 """
@@ -27,18 +27,18 @@ class Task:
     plain: str
     sources: tuple[Scene, ...] = ()
     for_test: bool | None = None  # None: by the prompt; see `task`
-    hand: int | None = None  # a seed: the source pictures are painted by hand
+    hand: int | None = None  # a seed: the source images are painted by hand
 
     @property
     def images(self):
-        """The source pictures, PIL."""
+        """The source images, PIL."""
         if self.hand is not None:
             return [world.paint(scene, self.hand) for scene in self.sources]
         return [render(scene) for scene in self.sources]
 
     @property
-    def picture(self):
-        """The target picture, PIL."""
+    def target_image(self):
+        """The target image, PIL."""
         return render(self.target)
 
 

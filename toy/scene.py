@@ -1,7 +1,7 @@
-"""The toy world's pictures: scenes of objects, how to draw them, read them back and score them.
+"""The toy world's images: scenes of objects, how to draw them, read them back and score them.
 
-`render` draws a `Scene`, `read` reads a picture back into one, and `score` judges exactly, without
-another model, whether a picture shows what a `Goal` asks for.
+`render` draws a `Scene`, `read` reads an image back into one, and `score` judges exactly, without
+another model, whether an image shows what a `Goal` asks for.
 """
 
 from dataclasses import dataclass, replace
@@ -120,7 +120,7 @@ def _inner_coverage(item):
 
 
 def render(scene):
-    """Draw a scene as a 64x64 RGB picture."""
+    """Draw a scene as a 64x64 RGB image."""
     canvas = np.full((SIZE, SIZE, 3), BACKGROUNDS[scene.background], np.float32)
     for item in scene.objects:
         layers = [(coverage(item.shape, item.x, item.y, item.size), item.color)]
@@ -134,7 +134,7 @@ def render(scene):
 def paint(scene, seed):
     """A scene of plain objects as a hand paints it: corners rounded, sides and colours uneven."""
     rng = np.random.default_rng(seed)
-    picture = Image.new("RGB", (SIZE, SIZE), BACKGROUNDS[scene.background])
+    image = Image.new("RGB", (SIZE, SIZE), BACKGROUNDS[scene.background])
     for item in scene.objects:
         points = OUTLINES[item.shape] * item.size + (item.x, item.y)
         points = 4 * (points + rng.normal(0, 0.8 / len(points) ** 0.25, points.shape))
@@ -143,12 +143,12 @@ def paint(scene, seed):
         drawn = drawn.filter(ImageFilter.GaussianBlur(rng.uniform(3, 9)))
         drawn = drawn.point(lambda level: 255 * (level > 127)).resize((SIZE, SIZE))
         color = np.clip(COLORS[item.color] + rng.integers(-35, 36, 3), 0, 255)
-        picture.paste(tuple(color.tolist()), mask=drawn)
-    return picture
+        image.paste(tuple(color.tolist()), mask=drawn)
+    return image
 
 
 def _components(mask):
-    """Connected parts (8 neighbours) of a boolean picture, as boolean pictures, largest first."""
+    """Connected parts (8 neighbours) of a boolean image, as boolean images, largest first."""
     labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
     while True:
         padded = np.pad(labels, 1)
@@ -216,16 +216,16 @@ def _read_object(pixels, part, background):
     return best_guess if best_share >= 0.8 else None
 
 
-def read(picture):
-    """Read a picture back into a scene: (scene, clear).
+def read(image):
+    """Read an image back into a scene: (scene, clear).
 
     `clear` is False where something is drawn that is no object of this world, or where the
     background is none of its three. Specks under 20 pixels are ignored.
     """
-    picture = picture.convert("RGB")
-    if picture.size != (SIZE, SIZE):
-        picture = picture.resize((SIZE, SIZE), Image.Resampling.BOX)
-    pixels = np.asarray(picture, np.float32)
+    image = image.convert("RGB")
+    if image.size != (SIZE, SIZE):
+        image = image.resize((SIZE, SIZE), Image.Resampling.BOX)
+    pixels = np.asarray(image, np.float32)
     edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     ground = np.median(edge, 0)
     off = {name: np.abs(ground - color).max() for name, color in BACKGROUNDS.items()}
@@ -375,7 +375,7 @@ class GoalObject:
 
 @dataclass(frozen=True)
 class Goal:
-    """What a prompt asks of a picture: exactly these objects, and no others.
+    """What a prompt asks of an image: exactly these objects, and no others.
 
     `relation` ("left of", "right of", "above" or "below") holds between the first two objects.
     """
@@ -418,19 +418,19 @@ def satisfies(scene, goal):
     return False
 
 
-def score(picture, goal):
-    """Whether a picture shows exactly what a `Goal` asks for: the benchmark's judge."""
-    scene, clear = read(picture)
+def score(image, goal):
+    """Whether an image shows exactly what a `Goal` asks for: the benchmark's judge."""
+    scene, clear = read(image)
     return clear and satisfies(scene, goal)
 
 
-def edit_score(picture, edit):
-    """(changed, kept) of a picture drawn for an "edit" `Task`, two booleans.
+def edit_score(image, edit):
+    """(changed, kept) of an image drawn for an "edit" `Task`, two booleans.
 
     changed: what was to be new is there, what was to go is gone. kept: all else is as it was, and
     nothing was added beside the change.
     """
-    seen, clear = read(picture)
+    seen, clear = read(image)
     before, after = edit.sources[0], edit.target
     old, new = set(before.objects), set(after.objects)
     shown = {

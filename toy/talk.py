@@ -1,4 +1,4 @@
-"""Questions about pictures, and their answers."""
+"""Questions about images, and their answers."""
 
 import random
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ class Talk:
 
     @property
     def images(self):
-        """The source pictures, PIL."""
+        """The source images, PIL."""
         return [render(scene) for scene in self.sources]
 
 
 def question(rng, scene):
-    """A question about a picture and its answer: ("how many stars?", "two")."""
+    """A question about an image and its answer: ("how many stars?", "two")."""
     items = scene.objects
     item = rng.choice(items)
     color, shape = random_pair(rng)
@@ -62,7 +62,7 @@ def question(rng, scene):
 
 
 def unseen_question(index, seed=0):
-    """The index-th question of the benchmark, about a picture that training never showed."""
+    """The index-th question of the benchmark, about an image that training never showed."""
     rng = random.Random(f"test {seed} question {index}")
     scene = random_scene(rng)
     return Talk(*question(rng, scene), (scene,))

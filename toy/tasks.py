@@ -1,11 +1,11 @@
-"""The toy world's tasks: what to draw, from which prompt and pictures, and how to judge it.
+"""The toy world's tasks: what to draw, from which prompt and images, and how to judge it.
 
     task("position", 7)            a task to train on: prompt "a red star left of a blue circle"
-    task("edit", 7, split="test")  a task of the benchmark: prompt "make it green", and a picture
+    task("edit", 7, split="test")  a task of the benchmark: prompt "make it green", and an image
 
 A task follows from (seed, split, kind, index) alone, so that a resumed run and every worker see the
 same data without any file. MAKERS has one maker per kind: a function of a random generator. Here
-are those with source pictures; toy/captions.py has the others.
+are those with source images; toy/captions.py has the others.
 """
 
 import random
@@ -22,13 +22,13 @@ from toy.words import RELATIONS, SIDES, WHERE, describe, one_of, refer, with_art
 
 
 def reconstruction(rng, least=1):
-    """A picture and the prompt "": draw it again. `least` is the fewest objects."""
+    """An image and the prompt "": draw it again. `least` is the fewest objects."""
     scene = world.random_scene(rng, patterns=0.1, least=least)
     return draw_as_it_is("", scene, [scene], exact=True)
 
 
 def painted(rng):
-    """A picture as a hand paints it and the prompt "": the clean picture."""
+    """An image as a hand paints it and the prompt "": the clean image."""
     scene = world.random_scene(rng)
     return replace(draw_as_it_is("", scene, [scene]), hand=rng.randrange(1 << 30))
 
@@ -39,7 +39,7 @@ def _plain_pairs(scene):
 
 
 def edit(rng, least=1):
-    """A picture and "make the star green": all that is not named stays. `least`: fewest objects."""
+    """An image and "make the star green": all that is not named stays. `least`: fewest objects."""
     make_edit = rng.choice(EDITS)
     while True:
         scene = world.random_scene(rng, least=least)
@@ -54,7 +54,7 @@ def edit(rng, least=1):
 
 
 def free_edit(rng):
-    """A picture and "add a green cross at the top": to any place with room, in any layout."""
+    """An image and "add a green cross at the top": to any place with room, in any layout."""
     make_edit = rng.choice((add, move))
     while True:
         scene = world.random_scene(rng, least=rng.choice((1, 2, 2)))
@@ -66,14 +66,14 @@ def free_edit(rng):
         edited = make_edit(rng, choice)
         if edited is not None:
             made = draw_as_it_is(*edited, [scene], exact=True)
-            if world.score(made.picture, made.goal):  # nothing is hidden behind another object
+            if world.score(made.target_image, made.goal):  # nothing is hidden behind another object
                 return made
 
 
 def first_edit(rng, makers):
-    """A picture and an edit that leaves something open: "make both green", "remove a cross".
+    """An image and an edit that leaves something open: "make both green", "remove a cross".
 
-    As often as not several of the objects are alike, as in pictures that are drawn from words.
+    As often as not several of the objects are alike, as in images that are drawn from words.
     """
     make_edit = rng.choice(makers)
     while True:
@@ -108,7 +108,7 @@ def free_dense(rng):
 
 
 def subjects(rng, number):
-    """Pictures of 1 to 3 subjects that the prompt never names (paper section 5.4).
+    """Images of 1 to 3 subjects that the prompt never names (paper section 5.4).
 
     One: "this object left of a red star", "two copies of it"; two: "the first object above the
     second"; three: "all three objects together".
@@ -156,7 +156,7 @@ def subjects(rng, number):
 
 
 def association(rng):
-    """A picture to reason about and "one more of these", "what is missing here", "the odd one out".
+    """An image to reason about and "one more of these", "what is missing here", "the odd one out".
 
     Paper section 5.4, Figure 8. What is missing: the fourth pair of two colours and two shapes.
     """
@@ -225,11 +225,11 @@ MAKERS = {
 }
 KINDS = tuple(MAKERS)
 SIX_KINDS = ("single object", "two objects", "counting", "colors", "position", "attribution")
-# The kinds of the benchmark: prompts alone, and prompts with pictures.
+# The kinds of the benchmark: prompts alone, and prompts with images.
 TEXT_KINDS = (*SIX_KINDS, "dense", "knowledge", "commonsense", "held-out")
 TEXT_KINDS += ("two colours", "free wordings", "lists", "nearest")
-PICTURE_KINDS = ("reconstruction", "edit", "one subject", "two subjects", "three subjects")
-PICTURE_KINDS += ("association", "free edit", "painted")
+IMAGE_KINDS = ("reconstruction", "edit", "one subject", "two subjects", "three subjects")
+IMAGE_KINDS += ("association", "free edit", "painted")
 FIRST_EDITS = ("plural edit", "add anywhere", "short edit")
 # The kinds that captions are trained on, with weights.
 CAPTION_KINDS = {"single object": 2, "colors": 3, "two objects": 2, "counting": 3}
@@ -239,7 +239,7 @@ CAPTION_KINDS |= {"position": 4, "attribution": 3, "dense": 4}
 def task(kind, index, seed=0, split="train"):
     """The index-th task of a kind. `split` "test" yields only prompts that training never has.
 
-    Tasks with pictures and "held-out" may repeat a prompt: their pictures or pairs are unseen.
+    Tasks with images and "held-out" may repeat a prompt: their images or pairs are unseen.
     Raises KeyError for a kind that is not in KINDS.
     """
     rng = random.Random(f"{split} {seed} {kind} {index}")

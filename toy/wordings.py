@@ -1,4 +1,4 @@
-"""Free wordings: the ways in which people ask for a picture, some of them kept from all training.
+"""Free wordings: the ways in which people ask for an image, some of them kept from all training.
 
     ask(rng, "two blue stars")                 "could you draw two blue stars for me?"
     ask(rng, "two blue stars", unseen=True)    "quickly sketch two blue stars, will you?"

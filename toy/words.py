@@ -153,7 +153,7 @@ def _describe_objects(scene):
 
 
 def describe(scene):
-    """A scene in plain words: how the toy MLLM describes a picture or restates a prompt."""
+    """A scene in plain words: how the toy MLLM describes an image or restates a prompt."""
     return _describe_objects(scene) + on_a(scene.background)
 
 

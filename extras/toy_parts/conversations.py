@@ -7,13 +7,13 @@ from toy.tasks import FIRST_EDITS, SIX_KINDS, task
 from toy.words import NUMBERS, WHERE, describe, name_of, one_of, with_article
 
 # What a conversation is about, with weights.
-TALKS = {"a picture": 4, "five pictures": 4, "a question": 2, "five questions": 4}
-TALKS |= {"questions of one picture": 2, "prompts": 4, "facts": 0.6}
+TALKS = {"an image": 4, "five images": 4, "a question": 2, "five questions": 4}
+TALKS |= {"questions of one image": 2, "prompts": 4, "facts": 0.6}
 # The kinds of task that the toy MLLM restates in plain words; a repeated kind is more likely.
-RESTATED_WITH_PICTURES = ("edit",) * 5 + ("one subject", "two subjects", "three subjects") * 2
-RESTATED_WITH_PICTURES += ("association",) * 2 + ("free edit",) * 3 + ("crowded edit",) * 3
-RESTATED_WITH_PICTURES += ("very crowded edit",) * 6
-RESTATED_WITH_PICTURES += FIRST_EDITS * 4
+RESTATED_WITH_IMAGES = ("edit",) * 5 + ("one subject", "two subjects", "three subjects") * 2
+RESTATED_WITH_IMAGES += ("association",) * 2 + ("free edit",) * 3 + ("crowded edit",) * 3
+RESTATED_WITH_IMAGES += ("very crowded edit",) * 6
+RESTATED_WITH_IMAGES += FIRST_EDITS * 4
 RESTATED_IN_WORDS = (*SIX_KINDS, *["dense"] * 3, *["knowledge"] * 5, "commonsense")
 RESTATED_IN_WORDS += ("free wordings",) * 16 + ("two colours",) * 2 + ("free dense",)
 RESTATED_IN_WORDS += ("lists", "nearest") * 6
@@ -55,9 +55,9 @@ def _restated(rng, kinds):
     return Talk(made.prompt, made.plain, made.sources, instructed=True)
 
 
-def _about_a_picture(rng):
+def _about_an_image(rng):
     if rng.random() >= 0.35:
-        return _restated(rng, RESTATED_WITH_PICTURES)
+        return _restated(rng, RESTATED_WITH_IMAGES)
     scene = random_scene(rng, patterns=0.25) if rng.random() < 0.97 else Scene((), "black")
     return Talk("", describe(scene), (scene,), instructed=True)
 
@@ -68,13 +68,13 @@ def _about_a_prompt(rng):
     return Talk("", describe(Scene(())), instructed=True)
 
 
-def _questions(rng, turns, pictures):
-    """Questions of as many pictures; further turns ask about the last one again."""
+def _questions(rng, turns, images):
+    """Questions of as many images; further turns ask about the last one again."""
     account_share = rng.choice((0, 0.6, 1))
     made = []
     for turn in range(turns):
         shown = ()
-        if turn < pictures:
+        if turn < images:
             scene = random_scene(rng, patterns=0.15)
             shown = (scene,)
         asked, answer = question(rng, scene)
@@ -87,17 +87,17 @@ def _questions(rng, turns, pictures):
 def talks(rng, sort):
     """The turns of one conversation of a sort of TALKS to train the toy MLLM on, a list of `Talk`.
 
-    Pictures to describe or to change in thought, questions about pictures, prompts to restate in
+    Images to describe or to change in thought, questions about images, prompts to restate in
     plain words, or facts.
     """
-    if sort in ("a picture", "five pictures"):
-        return [_about_a_picture(rng) for _ in range(1 if sort == "a picture" else 5)]
+    if sort in ("an image", "five images"):
+        return [_about_an_image(rng) for _ in range(1 if sort == "an image" else 5)]
     if sort == "facts":
         return [Talk(*fact(rng)) for _ in range(8)]
     if sort == "prompts":
         return [_about_a_prompt(rng) for _ in range(8)]
-    # Mostly a picture to each question: asked of one picture, it could copy earlier answers.
-    if sort == "questions of one picture":
-        return _questions(rng, turns=8, pictures=1)
+    # Mostly an image to each question: asked of one image, it could copy earlier answers.
+    if sort == "questions of one image":
+        return _questions(rng, turns=8, images=1)
     number = 1 if sort == "a question" else 5
-    return _questions(rng, turns=number, pictures=number)
+    return _questions(rng, turns=number, images=number)

@@ -147,7 +147,7 @@ def train_diffusion(run):
         kinds = rng.choices(list(KINDS), list(KINDS.values()), k=run.batch_size)
         tasks = [task(kind, rng.randrange(1 << 40), "sana") for kind in kinds]
         prompts = ["" if rng.random() < 0.1 else each.prompt for each in tasks]
-        pixels = to_pixels([each.picture for each in tasks], SIZE)
+        pixels = to_pixels([each.target_image for each in tasks], SIZE)
         return {"pixels": pixels, **caption_inputs(tokenizer, prompts)}
 
     def loss_of(batch):
