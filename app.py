@@ -140,7 +140,8 @@ def describe_model(model, checkpoint):
     if details:
         first = " ".join(details.removeprefix("- ").split("\n- ")[0].split())
         return f"It knows: {first[0].lower()}{first[1:]}", details
-    height, width = (model.downsampling * side for side in model.latent_size(None, None))
+    scale = model.downsampling
+    height, width = (scale * side for side in model.latent_size(None, None))
     return f"{Path(checkpoint).name}: images of {width} × {height} pixels.", ""
 
 

@@ -150,7 +150,7 @@ def add_generation_options(parser):
     add("--width", type=bounded(int, 1, 8192), help="in pixels (the model's own)")
     add("--num-images", type=bounded(int, 1, 10_000), default=1, help="a prompt (1)")
     add("--batch-size", type=bounded(int, 1, 10_000), default=24, help="at a time (24)")
-    add("--offload", action="store_true", help="parts visit the GPU in turn: less memory")
+    add("--offload", action="store_true", help="parts visit the GPU in turn")
     add("--device", default="", help="cpu, cuda, ... (the best there is)")
     add("--dtype", default="", choices=cli.DTYPES, help="(what is fast)")
 
@@ -177,7 +177,7 @@ def load_model(args, exact=False):
         args.dtype = "float32"
     dtype, args.why = cli.choose_dtype(device, args.dtype)
     args.dtype = str(dtype).removeprefix("torch.")
-    # Parts are loaded in this dtype; their buffers, such as rotary frequencies, keep theirs.
+    # Parts are loaded in this dtype; buffers, such as rotary frequencies, keep theirs.
     model = public_weights.load(args.checkpoint, dtype, trained_dtype=dtype, **parts)
     for flag, name in (("steps", "num_inference_steps"), ("guidance", "guidance_scale"),
                        ("image_guidance", "image_guidance_scale")):  # fmt: skip
@@ -215,7 +215,8 @@ def generate(model, rows, args, seeds=None, num_images=None, negative=None,
             prompts, list(images), negative_prompt=negative[part],
             num_inference_steps=args.steps, guidance_scale=args.guidance,
             image_guidance_scale=args.image_guidance, num_images_per_prompt=n,
-            height=args.height, width=args.width, generator=generators, callback=callback,
+            height=args.height, width=args.width, generator=generators,
+            callback=callback,
         )  # fmt: skip
         results += [batch[i : i + n] for i in range(0, len(batch), n)]
     return results

@@ -59,9 +59,9 @@ OMNIEDIT = "TIGER-Lab/OmniEdit-Filtered-1.2M"
 INSTRUCT = "xcpan/MetaQuery_Instruct_2.4M_512res"
 RECIPES = {
     # What a toy image shows, and where, is decided at high noise levels: train on more.
-    # One noise level a sample: at equal cost (2 x 20, 4 x 12, 8 x 6 samples a step) more
-    # are worse here, where conditions are cheap: 0.93; 0.91, 0.90, 0.87 of the six kinds
-    # (shift 3, three seeds, 360 prompts).
+    # One noise level a sample: at equal cost (2 x 20, 4 x 12, 8 x 6 samples a step)
+    # more are worse here, where conditions are cheap: 0.93; 0.91, 0.90, 0.87 of the six
+    # kinds (shift 3, three seeds, 360 prompts).
     ("toy", "pretrain"): TOY | {"steps": 520, "lr": 6e-4, "warmup": 50,
                                 "sigma_shift": 6.0},
     ("toy", "reconstruct"): TOY,
@@ -74,8 +74,8 @@ RECIPES = {
     ("paper", "mix"): PAPER,
     # §5.3; the warm-up and the batch size are ours.
     ("paper", "edit"): PAPER | {"data": OMNIEDIT, "steps": 1000, "warmup": 100},
-    # §4: 2.4M instructions three times. The paper's 4,000 steps of warm-up would outlast
-    # the run: its authors ran 2,000.
+    # §4: 2.4M instructions three times. The paper's 4,000 steps of warm-up would
+    # outlast the run: its authors ran 2,000.
     ("paper", "instruct"): PAPER | {"data": INSTRUCT, "steps": 3516, "batch_size": 2048,
                                     "warmup": 2000},
 }  # fmt: skip
@@ -108,7 +108,7 @@ class TrainConfig:
     steps: int | None = None  # training steps in all
     batch_size: int | None = None  # samples a step, over all processes
     micro_batch_size: int | None = None  # samples a forward pass; 0: a process's share
-    noises_per_sample: int = 1  # noise levels that share a sample's condition and latents
+    noises_per_sample: int = 1  # noise levels that share a condition and latents
     lr: float | None = None  # highest learning rate
     warmup: int | None = None  # linear warm-up steps
     weight_decay: float | None = None  # of matrices, not of biases, norms or queries
@@ -134,7 +134,7 @@ class TrainConfig:
             for name in ("streaming", "text_column", "target_column", "sources_column"):
                 if getattr(self, name):
                     flag = name.replace("_", "-")
-                    raise InputError(f"--{flag} has no effect with --data toy: leave it out.")
+                    raise InputError(f"--{flag} has no effect on toy data: drop it.")
         for name, value in self.recipe.items():
             if getattr(self, name, 0) is None:
                 setattr(self, name, value)
@@ -150,10 +150,11 @@ class TrainConfig:
         if self.stage in ("edit", "instruct") and not self.checkpoint:
             raise InputError(f"--stage {self.stage} fine-tunes: give --checkpoint.")
         if self.shard_frozen and not self.shard:
-            raise InputError("--shard-frozen needs --shard true: give both, or neither.")
+            raise InputError("--shard-frozen needs --shard true: give both.")
         if self.shard and self.cache_prompts:  # ranks would compute different prompts
-            raise InputError("--cache-prompts and --shard exclude each other: drop one.")
-        if self.checkpoint and Path(self.out).resolve() == Path(self.checkpoint).resolve():
+            raise InputError("--cache-prompts and --shard exclude each other.")
+        places = {Path(self.out).resolve(), Path(self.checkpoint).resolve()}
+        if self.checkpoint and len(places) == 1:
             raise InputError(f"--out {self.out} is --checkpoint itself: name another.")
         cli.check_writable(self.out, is_folder=True)
 
@@ -168,7 +169,7 @@ class TrainConfig:
 
 # ---- Model and optimizer -------------------------------------------------------------
 def build_model(config, changes, device, dtype):
-    """The model on its device, frozen parts in `dtype`; `changes` replace config fields."""
+    """The model on its device, frozen parts in `dtype`; with other config fields."""
     mixins = []
     if config.cache_prompts:
         mixins.append(attention.KeepsPrompts)
@@ -281,8 +282,10 @@ def train(config, changes):
     # noise from a seed of its own, so that no figure depends on who reads it.
     h, w = model.latent_size(model.resolution, model.resolution)
     latent_shape = (model.diffusion.config.in_channels, h, w)
-    collate = Collate(model.format, model.resolution, latent_shape, config.stage,
-                      config.seed, config.micro_batch_size, config.noises_per_sample)  # fmt: skip
+    collate = Collate(
+        model.format, model.resolution, latent_shape, config.stage, config.seed,
+        config.micro_batch_size, config.noises_per_sample,
+    )  # fmt: skip
     batches = open_batches(
         config.data, config.stage, collate,
         columns={"text": config.text_column, "target": config.target_column,
@@ -292,7 +295,8 @@ def train(config, changes):
         workers=config.workers, places=places,
     )  # fmt: skip
 
-    # 5. The loop. Ctrl-C, or a cluster that wants its machine back, ends it after a step.
+    # 5. The loop. Ctrl-C, or a cluster that wants its machine back, ends it after a
+    # step.
     parameters = [p for p in model.parameters() if p.requires_grad]
     stop_signals = cli.StopSignals()
     skipped_steps, skipped_samples, waited, bad_steps = 0, 0, 0.0, 0
@@ -348,19 +352,21 @@ def train(config, changes):
             step += 1
             ended = stop > 0 or step == config.steps
 
-            log.write(step, loss, waited, grad_norm=norm, lr=schedule.get_last_lr()[0],
-                      skipped_steps=skipped_steps, skipped_samples=skipped_samples)  # fmt: skip
+            log.write(
+                step, loss, waited, grad_norm=norm, lr=schedule.get_last_lr()[0],
+                skipped_steps=skipped_steps, skipped_samples=skipped_samples,
+            )  # fmt: skip
             if bad_steps == 10:
                 newest = max(checkpoints.folders(), default="none")
-                reason = f"loss or gradient not finite, or a spike, 10 times up to {step}"
+                reason = f"loss or gradient not finite or a spike 10 times up to {step}"
                 fix = f"lower --lr or check the data; newest checkpoint: {newest}"
                 raise InputError(f"{reason}: {fix}.")
 
             # Save, and generate some samples
             if ended or step % config.save_every == 0:
                 places = distributed.gather(batches.places(), world)
-                means = [mean_loss, mean_norm]
-                checkpoints.save(model, optimizer, schedule, step, places=places, means=means)
+                progress = {"places": places, "means": [mean_loss, mean_norm]}
+                checkpoints.save(model, optimizer, schedule, step, **progress)
             if ended or step % config.sample_every == 0:
                 save_samples(model, config, out / f"samples/step-{step:08d}.png", rank)
 
@@ -372,7 +378,7 @@ def train(config, changes):
 
 # ---- The command ---------------------------------------------------------------------
 def parse_flags():
-    """(TrainConfig, {field of MetaQueryConfig: value}) of the command line and RECIPES."""
+    """(TrainConfig, {field of MetaQueryConfig: value}) of flags and RECIPES."""
     parser = HfArgumentParser(
         [TrainConfig, MetaQueryConfig], description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -385,7 +391,8 @@ def parse_flags():
     parser.set_defaults(**{field.name: None for field in fields(MetaQueryConfig)})
     values = vars(parser.parse_args())
 
-    config = TrainConfig(**{field.name: values[field.name] for field in fields(TrainConfig)})
+    names = [field.name for field in fields(TrainConfig)]
+    config = TrainConfig(**{name: values[name] for name in names})
     changes = {"sigma_shift": config.recipe["sigma_shift"]}
     for field in fields(MetaQueryConfig):
         if values[field.name] is not None:
@@ -393,7 +400,7 @@ def parse_flags():
 
     if config.steps <= config.warmup and int(os.environ.get("RANK", 0)) == 0:
         short = f"--steps {config.steps} is no more than --warmup {config.warmup}"
-        print(f"warning: {short}: the learning rate never reaches --lr.", file=sys.stderr)
+        print(f"warning: {short}: --lr is never reached.", file=sys.stderr)
     return config, changes
 
 
@@ -405,7 +412,8 @@ def main():
         try:
             train(config, changes)
         except torch.OutOfMemoryError:
-            cli.fail(distributed.out_of_memory(config.batch_size, config.micro_batch_size))
+            sizes = (config.batch_size, config.micro_batch_size)
+            cli.fail(distributed.out_of_memory(*sizes))
 
 
 if __name__ == "__main__":
