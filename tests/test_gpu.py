@@ -50,10 +50,8 @@ def test_two_passes_equal_one(model, with_images):
 def test_the_training_attention_equals_the_default_one(model):
     inputs = model.format(PROMPTS)
     targets = torch.zeros(2, 3, 64, 64, device=DEVICE)
-    fixed = {"noise": torch.randn(2, 32, 2, 2), "u": torch.tensor([0.3, 0.8])}
-    h, w = model.latent_size(64, 64)
-    fixed["noise"] = torch.randn(2, model.diffusion.config.in_channels, h, w)
-    fixed = {name: x.to(DEVICE) for name, x in fixed.items()}
+    shape = (2, model.diffusion.config.in_channels, *model.latent_size(64, 64))
+    fixed = {"noise": torch.randn(shape).to(DEVICE), "u": torch.tensor([0.3, 0.8]).to(DEVICE)}
     chosen = copy.deepcopy(model)
     choose_attention(chosen)
     expected = model(dict(inputs), targets, **fixed)
@@ -62,11 +60,11 @@ def test_the_training_attention_equals_the_default_one(model):
 
 def test_images_are_the_cpus(model):
     """In float32, from one seed, hardly a level away from the CPU's."""
-    seeds = {"generator": [torch.Generator().manual_seed(i) for i in range(2)]}
-    here = model.generate(PROMPTS, num_inference_steps=4, **seeds)
-    seeds = {"generator": [torch.Generator().manual_seed(i) for i in range(2)]}
-    cpu = copy.deepcopy(model).to("cpu").generate(PROMPTS, num_inference_steps=4, **seeds)
-    for one, other in zip(here, cpu, strict=True):
+    results = []
+    for there in (model, copy.deepcopy(model).to("cpu")):
+        seeds = [torch.Generator().manual_seed(seed) for seed in range(2)]
+        results.append(there.generate(PROMPTS, num_inference_steps=4, generator=seeds))
+    for one, other in zip(*results, strict=True):
         assert (pixels(one).float() - pixels(other).float()).abs().mean() < 2
 
 
