@@ -32,9 +32,8 @@ from transformers import HfArgumentParser, get_cosine_with_min_lr_schedule_with_
 from transformers.utils.logging import disable_progress_bar
 
 import public_weights
-from data.batches import Collate, open_batches
+from data.batches import Collate, open_batches, unseen_toy_tasks
 from metaquery import HERE, InputError, MetaQuery, MetaQueryConfig, portable
-from toy.tasks import MIXTURES, task
 from training import attention, distributed
 from training.checkpoint import Checkpoints
 from training.log import Log
@@ -226,10 +225,7 @@ def save_samples(model, config, path, rank):
         text = Path(config.sample_prompts).read_text(encoding="utf-8")
         prompts = [line for line in text.splitlines() if line.strip()]
     elif config.data == "toy":
-        kinds = list(MIXTURES[config.stage])
-        tasks = [task(kind, i, split="test") for i, kind in enumerate((kinds * 8)[:8])]
-        prompts = [each.prompt for each in tasks]
-        images = [each.images for each in tasks]
+        prompts, images = unseen_toy_tasks(config.stage, 8)
 
     generator = torch.Generator().manual_seed(0)
     row = model.generate(prompts, images, num_inference_steps=20, generator=generator)

@@ -62,6 +62,14 @@ class ToyTasks:
         return Row(chosen.prompt, chosen.images, chosen.target_image, index)
 
 
+def unseen_toy_tasks(stage, count):
+    """(prompts, lists of source images) of toy tasks of a stage that training never has."""
+    kinds = list(MIXTURES[stage])
+    kinds = (kinds * count)[:count]
+    tasks = [task(kind, i, split="test") for i, kind in enumerate(kinds)]
+    return [each.prompt for each in tasks], [each.images for each in tasks]
+
+
 def noise_of(index, shape, seed, count):
     """(ε (count, C, h, w), u (count,) and a coin for dropped conditions, both in [0, 1)).
 
