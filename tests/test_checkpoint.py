@@ -131,7 +131,7 @@ def test_another_run_is_refused(parts, whole, tmp_path):
     """With the fields that differ; how it is saved or split may change."""
     out = tmp_path / "run"
     shutil.copytree(whole, out)
-    words = "lr 0.0003 there, 0.5 here"
+    words = "lr 0.0006 there, 0.5 here"
     refused(tmp_path, argv(parts, out, lr=0.5, num_queries=5), words)
     succeed(tmp_path, argv(parts, out, keep=1, micro_batch_size=2))
     refused(tmp_path, argv(parts, out, resume="none"), "name another --out")
